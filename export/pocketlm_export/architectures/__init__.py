@@ -1,0 +1,39 @@
+"""One file per Hugging Face ``model_type``: the file's name is the address, and it states only its difference.
+
+A file defines ``configure(fields) -> DecoderConfig``. Shared parts have names that start with an underscore.
+"""
+
+import importlib
+import pkgutil
+import re
+from difflib import get_close_matches
+from typing import Protocol
+
+from pocketlm.errors import UnsupportedError
+from pocketlm_export.architectures._configuration import DecoderConfig
+from pocketlm_export.checkpoint.fields import Fields
+
+__all__ = ["Architecture", "DecoderConfig", "known_architectures", "load_architecture"]
+
+
+class Architecture(Protocol):
+    """What an architecture's file defines."""
+
+    def configure(self, fields: Fields) -> DecoderConfig:
+        """Read config.json; every key is honoured, known to be neutral, or left unread and refused later."""
+
+
+def known_architectures() -> list[str]:
+    """Every supported ``model_type``."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def load_architecture(model_type: str, source: str) -> Architecture:
+    """The architecture named ``model_type``; ``source`` is the file that an :class:`UnsupportedError` names."""
+    known = known_architectures()
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", model_type) or model_type not in known:
+        near = get_close_matches(model_type, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UnsupportedError(f"{source}: model_type {model_type[:60]!r} is not supported{hint} Known: {', '.join(known)}")
+    module: Architecture = importlib.import_module(f"{__name__}.{model_type}")
+    return module

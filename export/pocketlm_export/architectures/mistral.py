@@ -1,0 +1,14 @@
+"""Mistral: Llama without biases, with a sliding window in every layer unless the key is null."""
+
+from dataclasses import replace
+
+from pocketlm_export.architectures._configuration import DecoderConfig, Defaults, LayerConfig, read_decoder
+from pocketlm_export.checkpoint.fields import Fields
+
+
+def configure(fields: Fields) -> DecoderConfig:
+    """An absent ``sliding_window`` means 4096, as in transformers."""
+    config = read_decoder(fields, Defaults(kv_heads=8))
+    absent = "sliding_window" not in fields
+    window = 4096 if absent else fields.value("sliding_window") and fields.integer("sliding_window")
+    return replace(config, layers=tuple(LayerConfig(layer.rotary, window) for layer in config.layers))

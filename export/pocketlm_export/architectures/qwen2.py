@@ -1,0 +1,20 @@
+"""Qwen2 and Qwen2.5: biases on query, key and value; windows only where ``use_sliding_window`` asks for them."""
+
+from dataclasses import replace
+
+from pocketlm_export.architectures._configuration import DecoderConfig, Defaults, LayerConfig, layer_windows, read_decoder
+from pocketlm_export.checkpoint.fields import Fields
+
+
+def configure(fields: Fields, defaults: Defaults = Defaults(kv_heads=32)) -> DecoderConfig:  # noqa: B008
+    """Layers from ``max_window_layers`` on slide; ``layer_types`` wins."""
+    config = read_decoder(fields, defaults)
+    count = len(config.layers)
+    used = fields.flag("use_sliding_window", False)
+    window = fields.integer("sliding_window", 4096) if used else None
+    fields.value("sliding_window")
+    first = fields.integer("max_window_layers", 28, least=0)
+    types = ["sliding_attention" if used and index >= first else "full_attention" for index in range(count)]
+    windows = layer_windows(fields, count, window, types)
+    layers = tuple(LayerConfig(layer.rotary, window) for layer, window in zip(config.layers, windows, strict=True))
+    return replace(config, layers=layers, query_key_value_bias=True)

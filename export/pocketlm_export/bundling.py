@@ -1,0 +1,197 @@
+"""Writes a bundle beside its place and moves it there when it is whole."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from pocketlm.errors import InputError
+from pocketlm.manifest import (
+    FORMAT_VERSION,
+    FileRecord,
+    Manifest,
+    Model,
+    Place,
+    Provenance,
+    Sampling,
+    Scheme,
+    SchemeName,
+    Target,
+    Weight,
+)
+from pocketlm_export.backends.base import Artifact
+from pocketlm_export.checkpoint.checkpoint import Checkpoint
+from pocketlm_export.graph.graph import Graph
+from pocketlm_export.options import ExportOptions
+from pocketlm_export.quantization.schemes import SchemeRow
+from pocketlm_export.quantization.weights import Weights
+
+__all__ = ["BundleWriter"]
+
+ARTIFACT_PATHS = {"onnx": "onnx/model.onnx", "executorch": "executorch/model.pte", "coreml": "coreml/model.mlpackage"}
+
+
+class BundleWriter:
+    """A folder that becomes ``output`` at :meth:`commit`, or vanishes.
+
+    Raises :class:`InputError` if ``output`` exists and ``force`` is false, or its parent can't be written.
+    """
+
+    def __init__(self, output: Path, *, force: bool) -> None:
+        self.output = Path(os.path.abspath(output))  # noqa: PTH100  resolve() would follow a link at output
+        if self.output.is_symlink() or (self.output.exists() and not force):
+            raise InputError(f"{output}: exists already; choose another place, or --force to replace it")
+        if self.output.exists() and not (self.output / "manifest.json").is_file():
+            raise InputError(f"{output}: exists and is not a bundle; --force replaces bundles only")
+
+    def __enter__(self) -> Self:
+        parent = self.output.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=parent))
+        except OSError as error:
+            raise InputError(f"{parent}: can't be written: {error.strerror}") from error
+        self._folder.chmod(0o755)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def folder(self, name: str) -> Path:
+        """A new empty folder of the bundle."""
+        path = self._folder / name
+        path.mkdir()
+        return path
+
+    def add_tokenizer(self, checkpoint: Checkpoint) -> None:
+        """The tokenizer's files, in a folder of their own."""
+        folder = self.folder("tokenizer")
+        for name, path in checkpoint.tokenizer_files.items():
+            shutil.copyfile(path, folder / name)
+
+    def add_licenses(self, checkpoint: Checkpoint) -> None:
+        """The model's own licence files."""
+        for name, path in checkpoint.license_files.items():
+            shutil.copyfile(path, self._folder / name)
+
+    def add_manifest(
+        self,
+        checkpoint: Checkpoint,
+        graph: Graph,
+        options: ExportOptions,
+        weights: Weights,
+        artifacts: Mapping[str, Artifact],
+        libraries: Mapping[str, str],
+    ) -> None:
+        """manifest.json over everything written so far."""
+        needed = graph.weights()
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            model=_model(checkpoint, graph.context_length),
+            scheme=_scheme(graph, options, weights),
+            targets={
+                name: Target(
+                    path=ARTIFACT_PATHS[name],
+                    runtime=dict(artifact.runtime),
+                    longest_call=artifact.longest_call,
+                    rows=artifact.rows,
+                    notes=list(artifact.notes),
+                )
+                for name, artifact in artifacts.items()
+            },
+            files=self._records(),
+            provenance=Provenance(
+                checkpoint_sha256=checkpoint.digest(needed),
+                pocketlm=importlib.metadata.version("pocketlm"),
+                libraries=dict(sorted(libraries.items())),
+            ),
+            weights={
+                name: Weight(
+                    scheme=_scheme_name(weights.row(name)),
+                    shape=list(weight.shape),
+                    places={
+                        target: Place(entry=artifact.entries[name].name, first_row=artifact.entries[name].first_row)
+                        for target, artifact in artifacts.items()
+                    },
+                )
+                for name, weight in needed.items()
+            },
+        )
+        text = json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=1, ensure_ascii=False)
+        (self._folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+    def commit(self) -> None:
+        """Move the bundle to its place in one step."""
+        lock = os.open(self.output.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            old = None
+            if self.output.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=self.output.parent))
+                self.output.rename(old / "old")
+            self._folder.rename(self.output)
+            if old is not None:
+                shutil.rmtree(old)
+        finally:
+            os.close(lock)
+
+    def _records(self) -> dict[str, FileRecord]:
+        records = {}
+        for path in sorted(self._folder.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                path.chmod(0o644)
+                records[path.relative_to(self._folder).as_posix()] = FileRecord(sha256=digest, size=path.stat().st_size)
+        return records
+
+
+def _scheme_name(row: SchemeRow | None) -> SchemeName:
+    if row is None:
+        return "fp32"
+    return "int4" if row.bits == 4 else "int8"
+
+
+def _model(checkpoint: Checkpoint, context_length: int) -> Model:
+    config, generation = checkpoint.config, checkpoint.generation
+    return Model(
+        model_type=config.model_type,
+        vocabulary_size=config.vocabulary_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        layers=len(config.layers),
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        context_length=context_length,
+        trained_context_length=config.context_length,
+        tied=config.tied,
+        stop_ids=list(generation.stop_ids),
+        bos_id=generation.bos_id,
+        pad_id=generation.pad_id,
+        sampling=Sampling(**generation.sampling),
+    )
+
+
+def _scheme(graph: Graph, options: ExportOptions, weights: Weights) -> Scheme:
+    bits = elements = 0
+    for name, weight in graph.weights().items():
+        count = 1
+        for size in weight.shape:
+            count *= size
+        row = weights.row(name)
+        bits += count * 32 if row is None else count * row.bits + 16 * weight.shape[0] * (weight.shape[1] // (row.group or weight.shape[1]))
+        elements += count
+    return Scheme(
+        name=options.scheme,
+        linears=options.scheme,
+        embedding=_scheme_name(weights.row(graph.embedding.weight.name)),
+        head=_scheme_name(weights.row(graph.head.weights[0].name)),
+        bits_per_weight=round(bits / elements, 4),
+    )

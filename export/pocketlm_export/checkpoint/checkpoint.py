@@ -1,0 +1,237 @@
+"""A checkpoint folder, opened: configuration, tensors by the names that the graph uses, tokenizer and licence files."""
+
+import hashlib
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketlm.errors import CheckpointError, UnsupportedError
+from pocketlm_export.architectures import DecoderConfig, load_architecture
+from pocketlm_export.checkpoint.fields import Fields, read_json
+from pocketlm_export.checkpoint.generation import Generation, read_generation
+from pocketlm_export.checkpoint.tensors import FLOAT_TYPES, TensorFile, shard_paths
+from pocketlm_export.graph.graph import WeightInfo
+
+__all__ = ["Checkpoint", "Tensors", "open_checkpoint"]
+
+QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
+OLD_PHI_KEYS = ("n_embd", "n_head", "n_layer", "n_inner", "n_positions")
+TEXT_LIKE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+# Keys of any class that don't change the logits: bookkeeping, training, and the defaults of PretrainedConfig.
+NEUTRAL_KEYS = frozenset(
+    "_attn_implementation_autoset _name_or_path architectures attention_dropout attention_probs_dropout_prob auto_map "
+    "bos_token_id chunk_size_feed_forward classifier_dropout dtype embd_pdrop eos_token_id finetuning_task "
+    "hidden_dropout hidden_dropout_prob id2label initializer_range is_decoder is_encoder_decoder is_llama_config "
+    "label2id max_window_layers model_type output_attentions output_hidden_states output_router_logits pad_token_id "
+    "partial_rotary_factor prefix pretraining_tp problem_type resid_pdrop return_dict sep_token_id sliding_window "
+    "task_specific_params tokenizer_class torch_dtype torchscript transformers_version transformers.js_config "
+    "unsloth_fixed unsloth_version use_bfloat16 use_cache use_sliding_window rope_theta original_max_position_embeddings "
+    "cache_implementation bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id "
+    "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty "
+    "forced_bos_token_id forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups "
+    "num_beams num_return_sequences output_scores pruned_heads remove_invalid_values repetition_penalty "
+    "return_dict_in_generate suppress_tokens temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings top_k "
+    "top_p typical_p add_cross_attention mlp_bias attention_bias _sliding_window_pattern "
+    "unsloth_tiled_mlp".split()
+)
+NEUTRAL_TENSORS = re.compile(r"(model\.layers\.\d+\.self_attn\.|model\.)?rotary_emb\.inv_freq")
+
+
+class Tensors:
+    """The checkpoint's tensors by name. Values are read in blocks; nothing is held."""
+
+    def __init__(self, files: Mapping[str, TensorFile]) -> None:
+        self._files = files
+        self._digests: dict[str, str] = {}
+
+    def source(self, name: str) -> TensorFile:
+        """The file that holds ``name``."""
+        return self._files[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The stored shape."""
+        return self._files[name].tensors[name].shape
+
+    def values(self, name: str) -> npt.NDArray[np.float32]:
+        """The whole tensor in float32."""
+        return self._files[name].values(name)
+
+    def blocks(self, name: str, elements: int = 1 << 20) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """``(first row, float32 values)`` of blocks of about ``elements`` values, in order."""
+        return self._files[name].float_blocks(name, elements)
+
+    def elements(self, names: Collection[str]) -> int:
+        """How many values ``names`` hold together."""
+        return sum(math.prod(self.shape(name)) for name in names)
+
+    def names(self) -> Collection[str]:
+        """Every tensor's name."""
+        return self._files.keys()
+
+    def digest(self, name: str) -> str:
+        """sha256 of the tensor's dtype, shape and bytes, computed once."""
+        if name not in self._digests:
+            info = self._files[name].tensors[name]
+            digest = hashlib.sha256(f"{info.dtype} {list(info.shape)}\n".encode())
+            digest.update(self._files[name].buffer(name))
+            self._digests[name] = digest.hexdigest()
+        return self._digests[name]
+
+    def release(self) -> None:
+        """Let the kernel drop every mapped page."""
+        for file in set(self._files.values()):
+            file.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What an export needs to know of a checkpoint."""
+
+    folder: Path
+    config: DecoderConfig
+    generation: Generation
+    tensors: Tensors
+    tokenizer_files: Mapping[str, Path]
+    license_files: Mapping[str, Path]
+
+    def digest(self, weights: Collection[str]) -> str:
+        """sha256 over config.json and the content of ``weights``."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for name in sorted(weights):
+            digest.update(f"{name} {self.tensors.digest(name)}\n".encode())
+        return digest.hexdigest()
+
+    def check_tensors(self, weights: Mapping[str, WeightInfo], accept: Collection[str] = ()) -> None:
+        """Compare the files with the weights that the graph reads.
+
+        A missing tensor, another shape or dtype, and a tensor that no one knows raise :class:`CheckpointError`.
+        """
+        for weight in weights.values():
+            if weight.name not in self.tensors.names():
+                raise CheckpointError(f"{self.folder}: tensor {weight.name} {list(weight.shape)} is missing")
+            file = self.tensors.source(weight.name)
+            info = file.tensors[weight.name]
+            if info.shape != weight.shape:
+                raise CheckpointError(
+                    f"{file.path}: {weight.name} has shape {list(info.shape)}, but config.json asks for {list(weight.shape)}"
+                )
+            if info.dtype not in FLOAT_TYPES:
+                raise CheckpointError(
+                    f"{file.path}: {weight.name} has dtype {info.dtype}; supported: {', '.join(sorted(FLOAT_TYPES))}. "
+                    "A quantized checkpoint can't be exported: take the original one"
+                )
+        unknown = [name for name in self.tensors.names() if name not in weights and name not in accept]
+        unknown = [name for name in unknown if not NEUTRAL_TENSORS.fullmatch(name)]
+        if self.config.tied and "lm_head.weight" in unknown:
+            self._check_saved_head()
+            unknown.remove("lm_head.weight")
+        if unknown:
+            raise CheckpointError(
+                f"{self.folder}: tensors that the model does not use: {', '.join(sorted(unknown)[:3])}"
+                f"{' and others' if len(unknown) > 3 else ''} ({len(unknown)}). If they may be dropped: --accept NAME"
+            )
+
+    def _check_saved_head(self) -> None:
+        if self.tensors.digest("lm_head.weight") != self.tensors.digest("model.embed_tokens.weight"):
+            raise CheckpointError(
+                f"{self.tensors.source('lm_head.weight').path}: lm_head.weight differs from model.embed_tokens.weight, but "
+                "config.json ties them. transformers uses the embedding: --accept lm_head.weight; for the head set "
+                "tie_word_embeddings to false"
+            )
+
+
+def open_checkpoint(folder: Path, accept: Collection[str] = ()) -> Checkpoint:
+    """Open a folder; ``accept`` names unknown configuration keys and tensors to ignore.
+
+    Raises :class:`CheckpointError` or :class:`UnsupportedError` naming the file and the key or tensor.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder" if folder.exists() else f"{folder}: no such folder")
+    fields = _read_config(folder)
+    _refuse_quantized(folder, fields)
+    model_type = fields.value("model_type")
+    if not isinstance(model_type, str):
+        raise fields.refuse("model_type", "is missing" if model_type is None else "must be a string")
+    architecture = load_architecture(model_type, fields.source)
+    _check_head(fields)
+    config = architecture.configure(fields)
+    unknown = [key for key in fields.unread() if key not in NEUTRAL_KEYS and key not in accept]
+    if unknown:
+        raise CheckpointError(
+            f"{fields.source}: unknown key {', '.join(map(repr, unknown[:3]))}: it may change the model. "
+            f"If it doesn't: --accept {unknown[0]}"
+        )
+    generation_path = folder / "generation_config.json"
+    generation = Fields(read_json(generation_path), str(generation_path)) if generation_path.exists() else None
+    open_files = {path: TensorFile(path) for path in sorted(set(shard_paths(folder).values()))}
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        generation=read_generation(fields, generation, config.vocabulary_size),
+        tensors=Tensors(_assign(folder, open_files)),
+        tokenizer_files=_tokenizer_files(folder),
+        license_files={path.name: path for path in sorted(folder.iterdir()) if _is_license(path)},
+    )
+
+
+def _read_config(folder: Path) -> Fields:
+    path = folder / "config.json"
+    if path.exists():
+        return Fields(read_json(path), str(path))
+    names = [entry.name for entry in folder.iterdir()]
+    if "adapter_config.json" in names:
+        raise CheckpointError(f"{folder}: a PEFT adapter, not a model: merge it into its base model first")
+    if any(name.endswith(".gguf") for name in names):
+        raise CheckpointError(f"{folder}: holds GGUF, which is already quantized: take the original safetensors checkpoint")
+    raise CheckpointError(f"{folder}: no config.json: not a Hugging Face checkpoint")
+
+
+def _refuse_quantized(folder: Path, fields: Fields) -> None:
+    for key in QUANTIZED_KEYS:
+        value = fields.value(key)
+        if value is not None:
+            method = value.get("quant_method") if isinstance(value, dict) else None
+            raise CheckpointError(
+                f"{fields.source}: '{key}' says that the weights are already quantized ({method or 'unnamed method'}): "
+                "take the original checkpoint"
+            )
+    if (folder / "hf_quant_config.json").exists():
+        raise CheckpointError(f"{folder}/hf_quant_config.json: the weights are already quantized: take the original checkpoint")
+
+
+def _check_head(fields: Fields) -> None:
+    names = fields.value("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise fields.refuse("architectures", "must be a list of class names")
+    if names and not any(name.endswith("ForCausalLM") for name in names):
+        raise UnsupportedError(f"{fields.source}: 'architectures' is {names[0][:60]}; supported: a class that ends in ForCausalLM")
+    if fields.value("model_type") == "phi" and any(key in fields for key in OLD_PHI_KEYS):
+        raise UnsupportedError(f"{fields.source}: an old Phi configuration: save it again with transformers >= 4.37")
+
+
+def _assign(folder: Path, files: Mapping[Path, TensorFile]) -> dict[str, TensorFile]:
+    assigned = {}
+    for name, path in shard_paths(folder).items():
+        if name not in files[path].tensors:
+            raise CheckpointError(f"{path}: tensor {name} is missing, but the index promises it")
+        assigned[name] = files[path]
+    return assigned
+
+
+def _tokenizer_files(folder: Path) -> dict[str, Path]:
+    files = {name: folder / name for name in TEXT_LIKE_FILES if (folder / name).is_file()}
+    if "tokenizer.json" not in files:
+        raise CheckpointError(
+            f"{folder}: no tokenizer.json. Save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    return files
+
+
+def _is_license(path: Path) -> bool:
+    return path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))

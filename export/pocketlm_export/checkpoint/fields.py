@@ -1,0 +1,119 @@
+"""Typed, bounded reading of a JSON object, with a record of the keys that nobody read."""
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from pocketlm.errors import CheckpointError
+
+__all__ = ["Fields", "read_json"]
+
+LARGEST_JSON = 64 << 20
+LARGEST_SIZE = 1 << 31
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises :class:`CheckpointError` for anything else."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file of a checkpoint")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {str(error)[:100]}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+class Fields:
+    """A JSON object whose values are read by type. Every error names the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self._values = values
+        self.source = source
+        self._read: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def refuse(self, key: str, problem: str) -> CheckpointError:
+        """The error that says what is wrong with ``key``."""
+        return CheckpointError(f"{self.source}: '{key}' {problem}")
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """The raw value; marks the key as read."""
+        self._read.add(key)
+        return self._values.get(key, default)
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = LARGEST_SIZE) -> int:
+        """An integer in ``least..most``; absent or null gives the default, and without one an error."""
+        value = self.value(key)
+        if value is None:
+            if default is None:
+                raise self.refuse(key, "is missing")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.refuse(key, f"must be an integer, not {json.dumps(value)[:40]}")
+        if not least <= value <= most:
+            raise self.refuse(key, f"must be between {least} and {most}, not {value}")
+        return value
+
+    def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
+        """A finite number, greater than zero unless ``positive`` is false."""
+        value = self.value(key)
+        if value is None:
+            if default is None:
+                raise self.refuse(key, "is missing")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.refuse(key, f"must be a finite number, not {json.dumps(value)[:40]}")
+        if positive and value <= 0:
+            raise self.refuse(key, f"must be greater than zero, not {value}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A boolean; absent or null gives the default."""
+        value = self.value(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.refuse(key, f"must be true or false, not {json.dumps(value)[:40]}")
+        return value
+
+    def choice(self, key: str, default: str, choices: Collection[str]) -> str:
+        """One of ``choices``; absent or null gives the default."""
+        value = self.value(key)
+        if value is None:
+            return default
+        if value not in choices:
+            raise self.refuse(key, f"is {json.dumps(value)[:60]}; supported: {', '.join(sorted(choices))}")
+        return str(value)
+
+    def choices(self, key: str, length: int, values: Collection[Any]) -> list[Any] | None:
+        """A list of ``length`` items out of ``values``; None if absent or null."""
+        value = self.value(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != length:
+            raise self.refuse(key, f"must be a list of {length} items, one a layer")
+        for item in value:
+            if isinstance(item, bool) or item not in values:
+                raise self.refuse(key, f"holds {json.dumps(item)[:40]}; supported: {', '.join(map(str, values))}")
+        return value
+
+    def nested(self, key: str) -> "Fields | None":
+        """The object under ``key``; None if absent, null or empty."""
+        value = self.value(key)
+        if not value:
+            return None
+        if not isinstance(value, dict):
+            raise self.refuse(key, f"must be an object, not {json.dumps(value)[:40]}")
+        return Fields(value, f"{self.source}: {key}")
+
+    def unread(self) -> list[str]:
+        """The keys that were never read and hold a value other than null, in order."""
+        return [key for key, value in self._values.items() if key not in self._read and value is not None]

@@ -1,0 +1,1 @@
+"""One model as one graph: traced once, rewritten for all backends alike, lowered by each."""

@@ -1,0 +1,135 @@
+"""PocketLM's operators for torch, namespace ``pocketlm``: eager they are the reference, traced they stay whole.
+
+Every operator computes in the dtype of its activations, so that the same code is the float32 and the float64
+reference. Shapes are those of CONTRACT's operator set: ``B`` batch, ``S`` sequence, ``T`` context length.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__: list[str] = []
+
+
+@torch.library.custom_op("pocketlm::embedding", mutates_args=())
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """int64 ``[B, S]``, ``[V, D]`` -> ``[B, S, D]``."""
+    return weight[ids]
+
+
+@embedding.register_fake
+def _(ids: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty(*ids.shape, weight.shape[1])
+
+
+@torch.library.custom_op("pocketlm::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``[B, S, K]``, ``[N, K]``, ``[N]`` or None -> ``[B, S, N]``."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * (weight + offset)
+
+
+@torch.library.custom_op("pocketlm::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+    """``[..., D]``, ``[D]`` -> ``[..., D]``: x / rms(x) * (weight + offset)."""
+    return _rms_norm(x, weight, epsilon, offset)
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(x)
+
+
+def _rotate(x: Tensor, positions: Tensor, frequencies: Sequence[float], scale: float) -> Tensor:
+    """Rotate ``[B, H, S, Dh]`` by the float32 angle of each position, as transformers does."""
+    if not frequencies:
+        return x
+    angles = positions.float()[:, None] * torch.tensor(frequencies, dtype=torch.float32)[None, :]
+    wide = angles.double()
+    cos, sin = ((t * scale).float().to(x.dtype) for t in (wide.cos(), wide.sin()))
+    half = len(frequencies)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+
+
+@torch.library.custom_op("pocketlm::attention", mutates_args=("k_cache", "v_cache"))
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    scale: float,
+    frequencies: Sequence[float],
+    rotary_scale: float,
+    window: int,
+    softcap: float,
+    norm_epsilon: float,
+) -> Tensor:
+    """``[B, S, heads*Dh]`` and twice ``[B, S, kv_heads*Dh]`` -> ``[B, S, heads*Dh]``; see ``graph.Attention``.
+
+    The caches ``[B, kv_heads, T, Dh]`` receive the new keys (normalized, rotated) and values at ``position`` (int64
+    ``[1]``). ``window`` and ``softcap`` 0 mean none, an empty ``frequencies`` no rotation.
+    """
+    batch, sequence, _ = q.shape
+    split = [t.view(batch, sequence, -1, head_dim).transpose(1, 2) for t in (q, k, v)]
+    query, key, value = split
+    if q_norm is not None:
+        query = _rms_norm(query, q_norm, norm_epsilon, 0.0)
+    if k_norm is not None:
+        key = _rms_norm(key, k_norm, norm_epsilon, 0.0)
+    start = int(position)
+    stop = start + sequence
+    positions = torch.arange(start, stop)
+    query = _rotate(query, positions, frequencies, rotary_scale)
+    k_cache[:, :, start:stop] = _rotate(key, positions, frequencies, rotary_scale)
+    v_cache[:, :, start:stop] = value
+    repeats = heads // kv_heads
+    keys = k_cache[:, :, :stop].repeat_interleave(repeats, 1)
+    values = v_cache[:, :, :stop].repeat_interleave(repeats, 1)
+    scores = query @ keys.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = torch.arange(stop)[None, :] <= positions[:, None]
+    if window:
+        seen &= torch.arange(stop)[None, :] > positions[:, None] - window
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return (weights @ values).transpose(1, 2).reshape(batch, sequence, heads * head_dim)
+
+
+@attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,  # noqa: ARG001
+    k_cache: Tensor,  # noqa: ARG001
+    v_cache: Tensor,  # noqa: ARG001
+    position: Tensor,  # noqa: ARG001
+    q_norm: Tensor | None,  # noqa: ARG001
+    k_norm: Tensor | None,  # noqa: ARG001
+    heads: int,  # noqa: ARG001
+    kv_heads: int,  # noqa: ARG001
+    head_dim: int,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    frequencies: Sequence[float],  # noqa: ARG001
+    rotary_scale: float,  # noqa: ARG001
+    window: int,  # noqa: ARG001
+    softcap: float,  # noqa: ARG001
+    norm_epsilon: float,  # noqa: ARG001
+) -> Tensor:
+    return torch.empty_like(q)

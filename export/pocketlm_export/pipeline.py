@@ -1,0 +1,90 @@
+"""The main path: from a checkpoint to a bundle."""
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pocketlm.bundle import Bundle, open_bundle
+from pocketlm.errors import ContextLengthError, InputError
+from pocketlm_export.backends.base import Artifact, Lowering, load_backend
+from pocketlm_export.bundling import BundleWriter
+from pocketlm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from pocketlm_export.checkpoint.hub import locate
+from pocketlm_export.options import DEFAULT_CONTEXT, ExportOptions
+from pocketlm_export.quantization.schemes import assign_rows
+from pocketlm_export.quantization.store import WeightStore, default_store
+from pocketlm_export.quantization.weights import quantize
+
+__all__ = ["Progress", "export_bundle", "resolve_context"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How an export tells what it does. ``stage(name, elements)`` begins a stage of about so many elements of work,
+    ``advance(name, elements)`` reports a weight done, from any thread."""
+
+    stage: Callable[[str, int], None] = lambda _name, _elements: None
+    advance: Callable[[str, int], None] = lambda _name, _elements: None
+
+
+def export_bundle(source: str, output: Path, options: ExportOptions, progress: Progress = Progress()) -> Bundle:  # noqa: B008
+    """Export ``source``, a folder or ``org/name[@revision]``, to a bundle at ``output``.
+
+    Raises :class:`pocketlm.InputError` for what can't be exported; nothing is left at ``output`` then.
+    """
+    progress.stage("read", 0)
+    with BundleWriter(output, force=options.force) as writer:
+        checkpoint = open_checkpoint(locate(source), options.accept)
+        context = resolve_context(checkpoint, options.context)
+
+        progress.stage("trace", 0)
+        from pocketlm_export.graph.trace import trace  # imports torch, so only once the input is known to be good
+
+        graph = trace(checkpoint.config, context)
+        weights_needed = graph.weights()
+        checkpoint.check_tensors(weights_needed, options.accept)
+        rows = assign_rows(graph, options.scheme, options.head)
+        backends = {name: load_backend(name) for name in options.targets}
+        for backend in backends.values():
+            backend.check(graph, rows)
+
+        elements = checkpoint.tensors.elements(weights_needed)
+        progress.stage("quantize", elements)
+        store = WeightStore(options.store or default_store())
+        weights = quantize(checkpoint.tensors, rows, store, progress.advance)
+
+        lowering = Lowering(
+            graph=graph,
+            weights=weights,
+            config=checkpoint.config,
+            generation=checkpoint.generation,
+            tokenizer_files=checkpoint.tokenizer_files,
+            progress=progress.advance,
+        )
+        artifacts: dict[str, Artifact] = {}
+        libraries = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
+        for name, backend in backends.items():
+            progress.stage(f"write {name}", elements)
+            artifacts[name] = backend.write(lowering, writer.folder(name))
+            libraries.update(backend.libraries())
+            weights.release()
+
+        progress.stage("finish", 0)
+        writer.add_tokenizer(checkpoint)
+        writer.add_licenses(checkpoint)
+        writer.add_manifest(checkpoint, graph, options, weights, artifacts, libraries)
+        writer.commit()
+    return open_bundle(output)
+
+
+def resolve_context(checkpoint: Checkpoint, wanted: int | None) -> int:
+    """The context to export: at most the model's own, by default the smaller of it and 4096."""
+    longest = checkpoint.config.context_length
+    if wanted is None:
+        return min(longest, DEFAULT_CONTEXT)
+    if wanted > longest:
+        raise ContextLengthError(f"context {wanted} is longer than the model's {longest} (max_position_embeddings)")
+    if wanted < 2:
+        raise InputError(f"context must be at least 2, not {wanted}")
+    return wanted

@@ -1,0 +1,58 @@
+"""Schemes as rows of data. A scheme names a row for each class of tensors; a backend translates a row or refuses it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pocketlm.errors import InputError
+from pocketlm_export.graph.graph import Graph, Linear, WeightInfo
+
+__all__ = ["HEADS", "SCHEMES", "SchemeRow", "assign_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchemeRow:
+    """Symmetric integers of ``bits``, one scale for each ``group`` of columns, or for each row if it is None.
+
+    ``scale_rule`` names the way a scale is chosen: ``fit`` is max(max/7, -min/8) of the group, so that nothing is
+    clipped on either side; ``absmax`` is max|w|/127. Codes lie in ``-2^(bits-1)..2^(bits-1)-1``, for int8 in -127..127.
+    """
+
+    name: str
+    bits: int
+    group: int | None
+    scale_rule: str
+
+
+INT4 = SchemeRow("int4", 4, 32, "fit")
+INT8 = SchemeRow("int8", 8, None, "absmax")
+
+SCHEMES: Mapping[str, SchemeRow | None] = {"fp32": None, "int8": INT8, "int4": INT4}
+HEADS: Mapping[str, SchemeRow] = {"int8": INT8, "int4": INT4}
+
+
+def assign_rows(graph: Graph, scheme: str, head: str) -> dict[str, SchemeRow | None]:
+    """The row of every weight of ``graph``; None keeps its values.
+
+    Matrices of linears take the scheme's row, embedding and lm head the head's, vectors none. Rows whose group does
+    not divide a matrix's columns fall back to int8.
+    """
+    if scheme not in SCHEMES:
+        raise InputError(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
+    if head not in HEADS:
+        raise InputError(f"unknown head scheme {head!r}; valid: {', '.join(HEADS)}")
+    rows: dict[str, SchemeRow | None] = dict.fromkeys(graph.weights())
+    if SCHEMES[scheme] is None:
+        return rows
+    for node in graph:
+        if isinstance(node, Linear):
+            for weight in node.weights:
+                rows[weight.name] = _fitting(SCHEMES[scheme], weight)
+    for table in (graph.head.weights[0], graph.embedding.weight):
+        rows[table.name] = _fitting(HEADS[head], table)
+    return rows
+
+
+def _fitting(row: SchemeRow | None, weight: WeightInfo) -> SchemeRow | None:
+    if row is not None and row.group is not None and weight.shape[1] % row.group:
+        return INT8
+    return row

@@ -1,0 +1,199 @@
+"""The weight store: every quantized tensor once on disk, found by what it was made from.
+
+An entry is a safetensors file with ``codes`` (int8, or uint8 with two nibbles a byte, the even column low) and
+``scales`` (bfloat16). Its name is the sha256 of the source's bytes, dtype and shape, of the scheme row and of the
+calibration, so that a changed input is another entry. Entries are written beside their place and renamed into it: a
+reader sees a whole entry or none.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketlm.errors import CheckpointError
+from pocketlm_export.checkpoint.checkpoint import Tensors
+from pocketlm_export.checkpoint.tensors import TensorFile, bfloat16_to_float32
+from pocketlm_export.quantization.rounding import pack_nibbles, quantize_rows, unpack_nibbles
+from pocketlm_export.quantization.schemes import SchemeRow
+
+__all__ = ["QuantizedTensor", "WeightStore", "default_store"]
+
+FORMAT = "1"  # of the entries; a change of the rounding is a change of the format
+BLOCK_ELEMENTS = 1 << 19  # float32 temporaries of one block stay in the cache of a core
+
+
+def default_store() -> Path:
+    """``$XDG_CACHE_HOME/pocketlm``, else ``~/.cache/pocketlm``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pocketlm"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A matrix ``[N, K]`` as the store holds it; reads are of mapped blocks of rows."""
+
+    row: SchemeRow
+    shape: tuple[int, int]
+    file: TensorFile
+
+    def packed(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """Bytes of the codes of rows ``start..stop``: int4 ``[n, K/2]`` as packed, int8 ``[n, K]`` as bit patterns."""
+        codes: npt.NDArray[Any] = self.file.raw("codes")[start:stop]
+        return codes.view(np.uint8)
+
+    def codes(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int8]:
+        """int8 ``[n, K]``."""
+        packed = self.packed(start, stop)
+        return unpack_nibbles(packed) if self.row.bits == 4 else packed.view(np.int8)
+
+    def scales(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
+        """float32 ``[n, groups]``, one group a row for a row without groups."""
+        return bfloat16_to_float32(self.file.raw("scales")[start:stop])
+
+    def dequantized(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
+        """float32 ``[n, K]``: code times scale, exact in float32."""
+        codes, scales = self.codes(start, stop), self.scales(start, stop)
+        group = self.row.group or self.shape[1]
+        wide = codes.reshape(codes.shape[0], -1, group).astype(np.float32)
+        wide *= scales[:, :, None]
+        return wide.reshape(codes.shape)
+
+
+class WeightStore:
+    """A folder of entries; safe for several processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "weights"
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def quantized(self, tensors: Tensors, name: str, row: SchemeRow) -> tuple[QuantizedTensor, bool]:
+        """The entry of tensor ``name``, and whether it had to be made.
+
+        Raises :class:`CheckpointError` naming tensor and index where a value is NaN or infinite.
+        """
+        rows, columns = tensors.shape(name)
+        path = self._path(tensors, name, row)
+        found = self._open(path, row, (rows, columns))
+        if found is not None:
+            os.utime(path)
+            return found, False
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            self._write(temporary, tensors, name, row)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        made = self._open(path, row, (rows, columns))
+        if made is None:
+            raise CheckpointError(f"{path}: the entry just written can't be read back: is the disk failing?")
+        return made, True
+
+    def entries(self) -> Iterator[Path]:
+        """Every whole entry."""
+        return self.root.glob("*/[0-9a-f]*.safetensors")
+
+    def size(self) -> int:
+        """Bytes of all entries."""
+        return sum(path.stat().st_size for path in self.entries())
+
+    def prune(self, limit: int = 0) -> int:
+        """Delete the entries least recently used until at most ``limit`` bytes stay; returns the bytes freed."""
+        entries = sorted(((path.stat().st_mtime, path.stat().st_size, path) for path in self.entries()), reverse=True)
+        kept = freed = 0
+        for _, size, path in entries:
+            kept += size
+            if kept > limit:
+                path.unlink(missing_ok=True)
+                freed += size
+        return freed
+
+    def _path(self, tensors: Tensors, name: str, row: SchemeRow) -> Path:
+        recipe = {"format": FORMAT, "row": asdict(row), "source": tensors.digest(name), "calibration": None}
+        key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+        return self.root / key[:2] / f"{key}.safetensors"
+
+    @staticmethod
+    def _open(path: Path, row: SchemeRow, shape: tuple[int, int]) -> QuantizedTensor | None:
+        """The entry at ``path``; None if there is none or it is damaged, in which case it is made again."""
+        if not path.exists():
+            return None
+        try:
+            file = TensorFile(path)
+            codes, scales = file.tensors["codes"], file.tensors["scales"]
+        except (CheckpointError, KeyError):
+            return None
+        rows, columns = shape
+        expected = (rows, columns // 2 if row.bits == 4 else columns), (rows, columns // (row.group or columns))
+        if (codes.shape, scales.shape) != expected:
+            return None
+        if file.metadata.get("sha256") != _payload_digest(file):
+            return None
+        return QuantizedTensor(row, shape, file)
+
+    @staticmethod
+    def _write(path: Path, tensors: Tensors, name: str, row: SchemeRow) -> None:
+        with _EntryWriter(path, tensors.shape(name), row) as entry:
+            for start, values in tensors.blocks(name, BLOCK_ELEMENTS):
+                codes, scales = quantize_rows(values, row)
+                entry.put(start, pack_nibbles(codes) if row.bits == 4 else codes.view(np.uint8), scales)
+
+
+class _EntryWriter:
+    """Writes codes and scales block by block into a file whose sizes are known beforehand."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], row: SchemeRow) -> None:
+        rows, columns = shape
+        self._width = columns // 2 if row.bits == 4 else columns
+        self._groups = columns // (row.group or columns)
+        size = rows * self._width
+        self._tensors = {
+            "codes": {"dtype": "U8" if row.bits == 4 else "I8", "shape": [rows, self._width], "data_offsets": [0, size]},
+            "scales": {"dtype": "BF16", "shape": [rows, self._groups], "data_offsets": [size, size + 2 * rows * self._groups]},
+        }
+        self._scales_start = size
+        self._digest_place = len(self._header("0" * 64))
+        self._file = path.open("w+b")
+        self._codes_digest, self._scales_digest = hashlib.sha256(), hashlib.sha256()
+
+    def _header(self, digest: str) -> bytes:
+        text = json.dumps({"__metadata__": {"sha256": digest}, **self._tensors}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def put(self, start: int, packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> None:
+        """Rows from ``start`` on; blocks must come in order."""
+        half = (scales.view(np.uint32) >> 16).astype(np.uint16)
+        self._codes_digest.update(packed)
+        self._scales_digest.update(half)
+        base = self._digest_place
+        self._file.seek(base + start * self._width)
+        self._file.write(packed)
+        self._file.seek(base + self._scales_start + start * self._groups * 2)
+        self._file.write(half)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._file.seek(0)
+            self._file.write(self._header(_combine(self._codes_digest.digest(), self._scales_digest.digest())))
+        self._file.close()
+
+
+def _combine(codes: bytes, scales: bytes) -> str:
+    return hashlib.sha256(codes + scales).hexdigest()
+
+
+def _payload_digest(file: TensorFile) -> str:
+    parts = (hashlib.sha256(file.buffer(name)).digest() for name in ("codes", "scales"))
+    return _combine(*parts)

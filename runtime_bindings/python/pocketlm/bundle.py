@@ -1,0 +1,193 @@
+"""A bundle opened: its manifest checked, its files checked before they are loaded, its sessions."""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from pocketlm.errors import BundleError, InputError, UnavailableError
+from pocketlm.manifest import FORMAT_MAJOR, Manifest, sampling_defaults
+from pocketlm.session import Session
+from pocketlm.template import ChatTemplate
+from pocketlm.tokenizer import Tokenizer
+
+__all__ = ["RUNTIMES", "Bundle", "open_bundle"]
+
+RUNTIMES: Mapping[str, str] = {"executorch": "executorch", "onnx": "onnxruntime", "coreml": "coremltools"}
+LARGEST_MANIFEST = 64 << 20
+
+
+class Runtime(Protocol):
+    """What a module of ``pocketlm.runtimes`` defines."""
+
+    def open_session(self, path: Path, manifest: Manifest, threads: int | None) -> Session:
+        """A fresh session over the artifact at ``path``."""
+
+
+class Bundle:
+    """A bundle's folder whose manifest was read and found sound. Files are hashed when they are first needed."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._checked: set[tuple[str, int, int, int]] = set()
+
+    @property
+    def certificate(self) -> Mapping[str, Any] | None:
+        """certificate.json, or None where there is none."""
+        path = self.folder / "certificate.json"
+        if not path.exists():
+            return None
+        return _read_json(path)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, its files checked."""
+        self.check_files("tokenizer/")
+        return Tokenizer.open(self.folder / "tokenizer")
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template; None for a base model that has none."""
+        self.check_files("tokenizer/")
+        return ChatTemplate.open(self.folder / "tokenizer")
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a generation."""
+        return frozenset(self.manifest.model.stop_ids)
+
+    @property
+    def default_sampling(self) -> Mapping[str, object]:
+        """The stated keys of generation_config.json."""
+        return sampling_defaults(self.manifest.model.sampling)
+
+    def runtimes(self) -> list[str]:
+        """The runtimes of this bundle that are installed here, in the order of preference."""
+        return [name for name, package in RUNTIMES.items() if name in self.manifest.targets and _installed(package)]
+
+    def session(self, runtime: str | None = None, *, threads: int | None = None) -> Session:
+        """A session over ``runtime``, or over the first that is installed. ``threads`` None: the runtime's default.
+
+        ExecuTorch's thread count is process-wide. Raises :class:`InputError` for a runtime that the bundle has no
+        artifact for, :class:`UnavailableError` for one that isn't installed, :class:`BundleError` for altered files.
+        """
+        if threads is not None and threads < 1:
+            raise InputError(f"threads must be at least 1, not {threads}")
+        name = runtime or self._first_runtime()
+        if name not in RUNTIMES:
+            raise InputError(f"unknown runtime {name!r}; valid: {', '.join(RUNTIMES)}")
+        target = self.manifest.targets.get(name)
+        if target is None:
+            raise InputError(f"{self.folder}: no {name} artifact; this bundle has {', '.join(self.manifest.targets)}")
+        if not _installed(RUNTIMES[name]):
+            raise UnavailableError(f"the {name} runtime is not installed: pip install 'pocketlm[{name}]'")
+        self.check_files(target.path.split("/")[0] + "/")
+        module: Runtime = importlib.import_module(f"pocketlm.runtimes.{name}")
+        session = module.open_session(self.folder / target.path, self.manifest, threads)
+        session.bundle = self
+        return session
+
+    def _first_runtime(self) -> str:
+        found = self.runtimes()
+        if not found:
+            extras = ", ".join(f"pocketlm[{name}]" for name in self.manifest.targets)
+            raise UnavailableError(f"no runtime for this bundle is installed; install one of {extras}")
+        return found[0]
+
+    def check_files(self, prefix: str = "") -> None:
+        """Hash the files under ``prefix`` and compare; a file that was hashed and has not changed is not hashed again.
+
+        Raises :class:`BundleError` naming the file.
+        """
+        for name, record in self.manifest.files.items():
+            if not name.startswith(prefix):
+                continue
+            path = self.folder / name
+            status = _regular(path, self.folder)
+            key = (name, status.st_size, status.st_mtime_ns, status.st_ino)
+            if key in self._checked:
+                continue
+            if status.st_size != record.size:
+                raise BundleError(f"{path}: {status.st_size} bytes, but the manifest says {record.size}: truncated or altered")
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                    raise BundleError(f"{path}: its content is not what the manifest says: altered")
+            self._checked.add(key)
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Open a bundle's folder and check its manifest.
+
+    Raises :class:`BundleError` for a missing folder or manifest, an unknown major format version, an unknown key, a
+    file that is missing, a link, or outside the folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: {'not a folder' if folder.exists() else 'no such bundle'}")
+    source = folder / "manifest.json"
+    if not source.is_file():
+        raise BundleError(f"{folder}: no manifest.json: not a bundle")
+    content = _read_json(source)
+    version = content.get("format_version")
+    if not isinstance(version, str) or version.split(".")[0] != str(FORMAT_MAJOR):
+        raise BundleError(f"{source}: format version {version!r}; this PocketLM reads {FORMAT_MAJOR}.x: use a matching release")
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{source}: '{place}': {first['msg']}") from error
+    _check_paths(folder, source, [*manifest.files, *(target.path for target in manifest.targets.values())])
+    for name in manifest.files:
+        _regular(folder / name, folder)
+    return Bundle(folder, manifest)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise BundleError(f"{path}: too large")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not valid JSON: {str(error)[:100]}") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{path}: must hold a JSON object")
+    return content
+
+
+def _check_paths(folder: Path, source: Path, names: Iterable[str]) -> None:
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or "\\" in name or ".." in parts or str(PurePosixPath(name)) != name:
+            raise BundleError(f"{source}: {name!r} is not a path inside the bundle")
+
+
+def _regular(path: Path, folder: Path) -> os.stat_result:
+    """The status of a regular file, no part of whose path below ``folder`` is a link."""
+    for part in [path, *path.parents]:
+        if part == folder:
+            break
+        if part.is_symlink():
+            raise BundleError(f"{part}: is a link; a bundle holds none")
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise BundleError(f"{path}: missing from the bundle") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path}: not a regular file")
+    return status
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

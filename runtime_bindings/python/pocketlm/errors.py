@@ -1,0 +1,70 @@
+"""Every error that PocketLM raises on purpose.
+
+    PocketLMError
+    ├── InputError              what was given can't be used          exit code 2
+    │   ├── CheckpointError       a checkpoint's file, key or tensor
+    │   ├── BundleError           a bundle's file or manifest
+    │   ├── UnsupportedError      valid, but not supported: names what, and what is
+    │   ├── TemplateError         a chat template that can't be rendered
+    │   └── ContextLengthError    more tokens than the exported context holds
+    ├── CheckError              a check ran and failed                exit code 1
+    └── UnavailableError        a runtime or a device isn't here      exit code 3
+
+A message says what is wrong, in which file and tensor or key, what is valid, and what to do next.
+"""
+
+__all__ = [
+    "BundleError",
+    "CheckError",
+    "CheckpointError",
+    "ContextLengthError",
+    "InputError",
+    "PocketLMError",
+    "TemplateError",
+    "UnavailableError",
+    "UnsupportedError",
+]
+
+
+class PocketLMError(Exception):
+    """Base of all errors raised on purpose; ``exit_code`` is the command line's."""
+
+    exit_code = 1
+
+
+class InputError(PocketLMError):
+    """Something that was given can't be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(InputError):
+    """A checkpoint's file, key or tensor is missing, malformed or inconsistent."""
+
+
+class BundleError(InputError):
+    """A bundle's file is missing, altered or malformed, or its format is unknown."""
+
+
+class UnsupportedError(InputError):
+    """A valid request that isn't supported; the message names what is."""
+
+
+class TemplateError(InputError):
+    """A chat template is malformed, refuses the messages, or does not end."""
+
+
+class ContextLengthError(InputError):
+    """The tokens would pass the exported context length."""
+
+
+class CheckError(PocketLMError):
+    """A check ran and failed; the message names it."""
+
+    exit_code = 1
+
+
+class UnavailableError(PocketLMError):
+    """A runtime or device isn't installed or attached here."""
+
+    exit_code = 3

@@ -1,0 +1,121 @@
+"""manifest.json as types. The JSON schema in runtime_bindings/schema is generated from here; FORMAT.md explains it."""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["FORMAT_MAJOR", "FORMAT_VERSION", "FileRecord", "Manifest", "Model", "Place", "Provenance", "Sampling", "Target", "Weight"]
+
+FORMAT_VERSION = "1.0"
+FORMAT_MAJOR = 1
+
+Count = Annotated[int, Field(ge=1, le=1 << 40)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+SchemeName = Literal["int4", "int8", "fp32"]
+
+
+class Closed(BaseModel):
+    """An immutable object that refuses unknown keys and converts nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Sampling(Closed):
+    """generation_config.json's defaults; only the keys that it states."""
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+class Model(Closed):
+    """The model's sizes and its stop ids."""
+
+    model_type: str
+    vocabulary_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
+    context_length: Count
+    trained_context_length: Count
+    tied: bool
+    stop_ids: list[TokenId]
+    bos_id: TokenId | None = None
+    pad_id: TokenId | None = None
+    sampling: Sampling
+
+
+class Scheme(Closed):
+    """The scheme of each class of tensors. ``bits_per_weight`` counts the store's bytes, scales included."""
+
+    name: SchemeName
+    linears: SchemeName
+    embedding: SchemeName
+    head: SchemeName
+    vectors: Literal["fp32"] = "fp32"
+    bits_per_weight: float
+
+
+class Target(Closed):
+    """One artifact: its file or folder, the packages that run it with their version ranges, and its limits."""
+
+    path: str
+    runtime: dict[str, str]
+    longest_call: Count
+    rows: Count
+    notes: list[str]
+
+
+class FileRecord(Closed):
+    """A file's sha256 and size in bytes."""
+
+    sha256: Sha256
+    size: Annotated[int, Field(ge=0)]
+
+
+class Provenance(Closed):
+    """What the bundle was made from and with."""
+
+    checkpoint_sha256: Sha256
+    pocketlm: str
+    libraries: dict[str, str]
+
+
+class Place(Closed):
+    """A weight in one artifact: the artifact's own entry and the first of its rows there."""
+
+    entry: str
+    first_row: Annotated[int, Field(ge=0)] = 0
+
+
+class Weight(Closed):
+    """A weight by its Hugging Face name."""
+
+    scheme: SchemeName
+    shape: list[Count]
+    places: dict[str, Place]
+
+
+class Manifest(Closed):
+    """The whole of manifest.json."""
+
+    format_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    model: Model
+    scheme: Scheme
+    targets: dict[str, Target]
+    files: dict[str, FileRecord]
+    provenance: Provenance
+    weights: dict[str, Weight]
+
+
+def sampling_defaults(sampling: Sampling) -> Mapping[str, object]:
+    """The stated keys only."""
+    return sampling.model_dump(exclude_none=True)

@@ -1,0 +1,73 @@
+"""Every architecture of the table, in every runtime: float32 against transformers, int4 against the eager reference."""
+
+import numpy as np
+import pytest
+import torch
+
+from pocketlm_export.checkpoint.checkpoint import open_checkpoint
+from pocketlm_export.graph.trace import trace
+from pocketlm_export.quantization.schemes import assign_rows
+from pocketlm_export.quantization.store import WeightStore
+from pocketlm_export.quantization.weights import quantize
+from pocketlm_export.verify.reference import ReferenceSession
+from tests.architectures.parity import DECODE, PROMPT, difference, mean_kl, run
+from tests.tiny_models import ROWS
+
+RUNTIMES = ("onnx", "executorch", "coreml")
+# Largest and rms difference over the deviation of the logits. ONNX and ExecuTorch compute in float32; Core ML rounds
+# every result to float16.
+LARGEST = {"reference": 1e-4, "onnx": 1e-3, "executorch": 1e-3, "coreml": 5e-2}
+RMS = {"reference": 1e-5, "onnx": 1e-4, "executorch": 1e-4, "coreml": 1e-2}
+
+
+def tokens_for(row) -> list[int]:
+    generator = np.random.default_rng(len(row.name))
+    return generator.integers(5, row.config["vocab_size"], PROMPT + DECODE).tolist()
+
+
+def reference(folder, scheme: str, tmp_path, head: str = "int8") -> ReferenceSession:
+    checkpoint = open_checkpoint(folder)
+    graph = trace(checkpoint.config, checkpoint.config.context_length)
+    weights = quantize(checkpoint.tensors, assign_rows(graph, scheme, head), WeightStore(tmp_path))
+    return ReferenceSession(checkpoint.config, graph.context_length, weights)
+
+
+def transformers_logits(model, tokens: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].double().numpy()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_eager_reference_equals_transformers(row, tiny_checkpoint, tmp_path):
+    folder, model = tiny_checkpoint(row.name)
+    tokens = tokens_for(row)
+    largest, rms = difference(run(reference(folder, "fp32", tmp_path), tokens), transformers_logits(model, tokens))
+    assert largest <= LARGEST["reference"]
+    assert rms <= RMS["reference"]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_fp32_equals_transformers(row, runtime, tiny_checkpoint, tiny_bundle):
+    _, model = tiny_checkpoint(row.name)
+    tokens = tokens_for(row)
+    with tiny_bundle(row.name, "fp32", runtime).session(runtime, threads=1) as session:
+        largest, rms = difference(run(session, tokens), transformers_logits(model, tokens))
+    assert largest <= LARGEST[runtime]
+    assert rms <= RMS[runtime]
+
+
+# Int8 activations (ONNX Runtime: per block, XNNPACK: per row) and fp16 rounding (Core ML) are all that may differ from
+# the eager reference on the same integers. Random weights spread the logits little, so their KL is large for the noise.
+MEAN_KL = {"onnx": 2e-2, "executorch": 2e-2, "coreml": 1e-3}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("scheme", ("int4", "int8"))
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_quantized_agrees_with_the_reference_on_the_same_integers(row, scheme, runtime, tiny_checkpoint, tiny_bundle, tmp_path):
+    folder, _ = tiny_checkpoint(row.name)
+    tokens = tokens_for(row)
+    expected = run(reference(folder, scheme, tmp_path), tokens)
+    with tiny_bundle(row.name, scheme, runtime).session(runtime, threads=1) as session:
+        assert mean_kl(run(session, tokens), expected) <= MEAN_KL[runtime]

@@ -1,0 +1,53 @@
+"""Checkpoints and bundles that many tests share, made once a run."""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple]:
+    """``tiny_checkpoint(name)`` -> the folder of that row of the table, and transformers' model of it in float32."""
+    from tests.tiny_models import ROWS, write_checkpoint
+
+    rows = {row.name: row for row in ROWS}
+
+    @cache
+    def make(name: str) -> tuple:
+        folder = tmp_path_factory.mktemp(name)
+        return folder, write_checkpoint(rows[name], folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """``tiny_bundle(name, scheme, target, head="int8")`` -> the bundle with that one artifact."""
+    from pocketlm_export.options import ExportOptions
+    from pocketlm_export.pipeline import export_bundle
+
+    store = tmp_path_factory.mktemp("store")
+
+    @cache
+    def make(name: str, scheme: str, target: str, head: str = "int8"):
+        folder, _ = tiny_checkpoint(name)
+        output = tmp_path_factory.mktemp("bundles") / "bundle"
+        return export_bundle(str(folder), output, ExportOptions(targets=(target,), scheme=scheme, head=head, store=store))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data() -> Iterator[Path]:
+    """Data made by others, read where it lies."""
+    folder = Path(os.environ.get("POCKETLM_DATA", Path(__file__).parents[2] / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip("not run: no data")
+    yield folder

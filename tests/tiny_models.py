@@ -1,0 +1,123 @@
+"""The table of tiny configurations: every architecture, with the odd sizes that released models have.
+
+A row is a transformers configuration and a seed; :func:`write_checkpoint` makes the checkpoint that an export reads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+__all__ = ["ROWS", "Row", "write_checkpoint"]
+
+CONTEXT = 160
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tiny model. ``outlier`` scales norms and projections so that residual channels reach about that value."""
+
+    name: str
+    model_type: str
+    config: Mapping[str, Any]
+    dtype: str = "bfloat16"
+    outlier: float | None = None
+    extra_config: Mapping[str, Any] = field(default_factory=dict)
+
+
+BASE = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,
+}
+
+ROWS = [
+    Row("llama", "llama", {**BASE, "tie_word_embeddings": True}),
+    Row("llama-untied-biases", "llama", {**BASE, "attention_bias": True, "mlp_bias": True}, dtype="float16"),
+    # SmolLM2's shape in small: 9 heads on 3, hidden 9 x 8
+    Row("llama-9-heads", "llama", {**BASE, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}),
+    Row("llama-odd-head-dim", "llama", {**BASE, "hidden_size": 96, "head_dim": 20, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    Row("llama-odd-vocabulary", "llama", {**BASE, "vocab_size": 331, "tie_word_embeddings": True}, dtype="float32"),
+    # Neither 100 nor 76 is a multiple of 32
+    Row("llama-odd-widths", "llama", {**BASE, "hidden_size": 100, "head_dim": 32, "intermediate_size": 76}),
+    Row("llama-linear-rope", "llama", {**BASE, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}}),
+    Row("llama-llama3-rope", "llama", {**BASE, "head_dim": 32, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}),
+    Row("llama-outliers", "llama", {**BASE, "tie_word_embeddings": True}, outlier=1e3),
+    Row("qwen2", "qwen2", {**BASE, "tie_word_embeddings": True}),
+    Row("qwen2-window", "qwen2", {**BASE, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}),
+    Row("qwen2-outliers", "qwen2", {**BASE, "num_key_value_heads": 1}, outlier=1e3),
+    Row("qwen3", "qwen3", {**BASE, "head_dim": 32, "tie_word_embeddings": True}),
+    Row("qwen3-biases", "qwen3", {**BASE, "head_dim": 24, "attention_bias": True}),
+    Row("mistral", "mistral", {**BASE, "sliding_window": None}),
+    Row("mistral-window", "mistral", {**BASE, "sliding_window": 9, "head_dim": 32}),
+]
+
+
+def write_checkpoint(row: Row, folder: Path) -> torch.nn.Module:
+    """Write ``row``'s checkpoint with a tokenizer; returns transformers' model in float32 on the very stored values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(sum(map(ord, row.name)))
+    config = AutoConfig.for_model(row.model_type, **row.config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+            elif parameter.dim() == 1:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
+        if row.outlier is not None:
+            _add_outliers(model, row.outlier)
+    stored = model.to(getattr(torch, row.dtype))
+    stored.save_pretrained(folder, safe_serialization=True)
+    write_tokenizer(folder, row.config["vocab_size"])
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def _add_outliers(model: torch.nn.Module, size: float) -> None:
+    """Drive two residual channels to about ``size`` from the first layer on, as released models do."""
+    for channel, sign in ((5, 1.0), (17, -1.0)):
+        model.model.embed_tokens.weight[:, channel] = sign * size * (1 + 0.1 * torch.randn(len(model.model.embed_tokens.weight)))
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[5] *= 20
+        layer.mlp.down_proj.weight[17] *= 20
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight[[5, 17]] *= 0.05
+    model.model.norm.weight[[5, 17]] *= 0.05
+
+
+def write_tokenizer(folder: Path, vocabulary_size: int) -> None:
+    """A byte-level BPE of at most ``vocabulary_size`` ids with ChatML-like special tokens and a template."""
+    import json
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog", "def add(a, b):\n    return a + b\n"] * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
