@@ -21,7 +21,7 @@ def load_decoder(config: DecoderConfig, context_length: int, weights: Weights, d
     model = model.to_empty(device="cpu").eval()
     for name, parameter in model.named_parameters():
         for start, values in weights.blocks(name):
-            parameter[start : start + len(values)] = torch.from_numpy(values).to(dtype)
+            parameter[start : start + len(values)] = torch.tensor(values, dtype=dtype)
     return model
 
 

@@ -2,14 +2,18 @@
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import ContextLengthError, InputError, PocketLMError
+
+if TYPE_CHECKING:
+    from pocketlm.generate import TextBundle
 
 __all__ = ["Session"]
 
@@ -28,14 +32,17 @@ class Session(ABC):
         self.vocabulary_size = vocabulary_size
         self._longest_call = longest_call
         self._rows = rows
-        self._position = 0
+        self.tokens: list[int] = []
+        """What the cache holds; only the session changes it."""
+        self.bundle: TextBundle | None = None
+        """Where the session comes from: tokenizer, template, stop ids; None for a session made by hand."""
         self._closed = False
         self._busy = threading.Lock()
 
     @property
     def position(self) -> int:
         """How many tokens the cache holds."""
-        return self._position
+        return len(self.tokens)
 
     def extend(self, token_ids: Sequence[int], *, logits: int = 1) -> npt.NDArray[np.float32]:
         """Append tokens; return float32 ``[logits, vocabulary_size]`` for the last ``logits`` of them.
@@ -51,19 +58,14 @@ class Session(ABC):
         if tokens.min() < 0 or tokens.max() >= self.vocabulary_size:
             bad = int(tokens[(tokens < 0) | (tokens >= self.vocabulary_size)][0])
             raise InputError(f"token id {bad} is outside the model's vocabulary of {self.vocabulary_size}")
-        if self._position + tokens.size > self.context_length:
+        if self.position + tokens.size > self.context_length:
             raise ContextLengthError(
-                f"{self._position} + {tokens.size} tokens exceed the context of {self.context_length}; "
+                f"{self.position} + {tokens.size} tokens exceed the context of {self.context_length}; "
                 "shorten the prompt, or export with a larger --context"
             )
-        if not self._busy.acquire(blocking=False):
-            raise PocketLMError("this session is busy in another thread; a session belongs to one thread")
-        try:
-            if self._closed:
-                raise PocketLMError("this session is closed")
+        with self._owned():
+            self._refuse_closed()
             return self._extend(tokens, logits)
-        finally:
-            self._busy.release()
 
     def _extend(self, tokens: npt.NDArray[np.int64], logits: int) -> npt.NDArray[np.float32]:
         silent = tokens.size - logits
@@ -73,8 +75,8 @@ class Session(ABC):
             first = max(silent, start)
             stop = min(start + self._longest_call, tokens.size, first + self._rows)
             rows = max(0, stop - first)
-            result = self._run(tokens[start:stop], self._position, rows)
-            self._position += stop - start
+            result = self._run(tokens[start:stop], self.position, rows)
+            self.tokens += tokens[start:stop].tolist()
             if rows:
                 kept.append(result)
             start = stop
@@ -82,15 +84,31 @@ class Session(ABC):
 
     def rewind(self, position: int) -> None:
         """Keep the first ``position`` tokens and forget the rest. Raises :class:`InputError` if it is ahead."""
-        if not 0 <= position <= self._position:
-            raise InputError(f"can't rewind to {position}: the session holds {self._position} tokens")
-        self._position = position
+        with self._owned():
+            self._refuse_closed()
+            if not 0 <= position <= self.position:
+                raise InputError(f"can't rewind to {position}: the session holds {self.position} tokens")
+            del self.tokens[position:]
 
     def close(self) -> None:
         """Free the runtime's memory; a closed session refuses every call."""
-        if not self._closed:
-            self._closed = True
-            self._close()
+        with self._owned():
+            if not self._closed:
+                self._closed = True
+                self._close()
+
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise PocketLMError("this session is busy in another thread; a session belongs to one thread")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise PocketLMError("this session is closed")
 
     def __enter__(self) -> Self:
         return self
