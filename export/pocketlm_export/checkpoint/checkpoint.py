@@ -25,7 +25,7 @@ TEXT_LIKE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 # Keys of any class that don't change the logits: bookkeeping, training, and the defaults of PretrainedConfig.
 NEUTRAL_KEYS = frozenset(
-    "_attn_implementation_autoset _name_or_path architectures attention_dropout attention_probs_dropout_prob auto_map "
+    "_attn_implementation_autoset _model_name_or_path _name_or_path unk_token_id architectures attention_dropout attention_probs_dropout_prob auto_map "
     "bos_token_id chunk_size_feed_forward classifier_dropout dtype embd_pdrop eos_token_id finetuning_task "
     "hidden_dropout hidden_dropout_prob id2label initializer_range is_decoder is_encoder_decoder is_llama_config "
     "label2id max_window_layers model_type output_attentions output_hidden_states output_router_logits pad_token_id "

