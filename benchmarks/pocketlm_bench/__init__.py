@@ -1,0 +1,1 @@
+"""Measures bundles: quality now; export, memory and devices come with their own benchmarks."""
