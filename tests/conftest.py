@@ -39,7 +39,9 @@ def tiny_bundle(tiny_checkpoint: Callable, tmp_path_factory: pytest.TempPathFact
     def make(name: str, scheme: str, target: str, head: str = "int8"):
         folder, _ = tiny_checkpoint(name)
         output = tmp_path_factory.mktemp("bundles") / "bundle"
-        return export_bundle(str(folder), output, ExportOptions(targets=(target,), scheme=scheme, head=head, store=store))
+        return export_bundle(
+            str(folder), output, ExportOptions(targets=(target,), scheme=scheme, head=head, store=store)
+        )
 
     return make
 

@@ -52,12 +52,24 @@ ROWS = [
     Row("llama", "llama", {**BASE, "tie_word_embeddings": True}),
     Row("llama-untied-biases", "llama", {**BASE, "attention_bias": True, "mlp_bias": True}, dtype="float16"),
     # SmolLM2's shape in small: 9 heads on 3, hidden 9 x 8
-    Row("llama-9-heads", "llama", {**BASE, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}),
-    Row("llama-odd-head-dim", "llama", {**BASE, "hidden_size": 96, "head_dim": 20, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    Row(
+        "llama-9-heads",
+        "llama",
+        {**BASE, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8},
+    ),
+    Row(
+        "llama-odd-head-dim",
+        "llama",
+        {**BASE, "hidden_size": 96, "head_dim": 20, "num_attention_heads": 3, "num_key_value_heads": 1},
+    ),
     Row("llama-odd-vocabulary", "llama", {**BASE, "vocab_size": 331, "tie_word_embeddings": True}, dtype="float32"),
     # Neither 100 nor 76 is a multiple of 32
     Row("llama-odd-widths", "llama", {**BASE, "hidden_size": 100, "head_dim": 32, "intermediate_size": 76}),
-    Row("llama-linear-rope", "llama", {**BASE, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}}),
+    Row(
+        "llama-linear-rope",
+        "llama",
+        {**BASE, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}},
+    ),
     Row("llama-llama3-rope", "llama", {**BASE, "head_dim": 32, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}),
     Row("llama-outliers", "llama", {**BASE, "tie_word_embeddings": True}, outlier=1e3),
     Row("qwen2", "qwen2", {**BASE, "tie_word_embeddings": True}),
@@ -96,7 +108,9 @@ def write_checkpoint(row: Row, folder: Path) -> torch.nn.Module:
 def _add_outliers(model: torch.nn.Module, size: float) -> None:
     """Drive two residual channels to about ``size`` from the first layer on, as released models do."""
     for channel, sign in ((5, 1.0), (17, -1.0)):
-        model.model.embed_tokens.weight[:, channel] = sign * size * (1 + 0.1 * torch.randn(len(model.model.embed_tokens.weight)))
+        model.model.embed_tokens.weight[:, channel] = (
+            sign * size * (1 + 0.1 * torch.randn(len(model.model.embed_tokens.weight)))
+        )
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[5] *= 20
         layer.mlp.down_proj.weight[17] *= 20
@@ -114,10 +128,21 @@ def write_tokenizer(folder: Path, vocabulary_size: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog", "def add(a, b):\n    return a + b\n"] * 4, trainer)
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog", "def add(a, b):\n    return a + b\n"] * 4, trainer
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": template,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -51,7 +51,9 @@ def windows_of(bundle: Bundle, text: str, count: int, length: int) -> list[list[
     return [ids[start : start + length] for start in starts]
 
 
-def measure(name: str, session: Session, bundle: Bundle, windows: Sequence[Sequence[int]], expected: Sequence[Logits] | None) -> Quality:
+def measure(
+    name: str, session: Session, bundle: Bundle, windows: Sequence[Sequence[int]], expected: Sequence[Logits] | None
+) -> Quality:
     """Run every window through ``session``; ``expected`` are the reference's logits of the same windows."""
     nats, divergence, predicted, size = 0.0, 0.0, 0, 0
     begin = time.perf_counter()
@@ -77,7 +79,9 @@ def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
     return result
 
 
-def reference_logits(checkpoint: Path, context_length: int, windows: Sequence[Sequence[int]]) -> tuple[Session, list[Logits]]:
+def reference_logits(
+    checkpoint: Path, context_length: int, windows: Sequence[Sequence[int]]
+) -> tuple[Session, list[Logits]]:
     """The eager float32 reference on the checkpoint's own weights, and its logits of every window."""
     from pocketlm_export.checkpoint.checkpoint import open_checkpoint
     from pocketlm_export.quantization.weights import Weights
@@ -109,8 +113,12 @@ def run(
 def main(
     bundle: Path,
     text: Annotated[Path, typer.Option(help="UTF-8 text.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="The original, for the reference and the KL divergence.")] = None,
-    runtime: Annotated[list[str] | None, typer.Option(help="Repeatable; default: all of the bundle's that are installed.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The original, for the reference and the KL divergence.")
+    ] = None,
+    runtime: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; default: all of the bundle's that are installed.")
+    ] = None,
     windows: int = 8,
     tokens: int = 256,
     json_output: Annotated[bool, typer.Option("--json")] = False,
@@ -122,8 +130,9 @@ def main(
     for quality in run(opened, text.read_text(encoding="utf-8"), checkpoint, runtimes, windows, tokens):
         rows.append(asdict(quality))
         if not json_output:
+            loss = f"{quality.bits_per_byte:9.4f} bits/byte{quality.nats_per_token:9.4f} nats/token"
             kl = "" if quality.kl is None else f"{quality.kl:9.4f} KL"
-            print(f"{quality.name:18}{quality.bits_per_byte:9.4f} bits/byte{quality.nats_per_token:9.4f} nats/token{kl}{quality.seconds:8.1f} s")
+            print(f"{quality.name:18}{loss}{kl}{quality.seconds:8.1f} s", flush=True)
     if json_output:
         print(json.dumps({"pocketlm": pocketlm.__version__, "results": rows}, indent=1))
 

@@ -153,9 +153,7 @@ class BundleWriter:
 
 
 def _scheme_name(row: SchemeRow | None) -> SchemeName:
-    if row is None:
-        return "fp32"
-    return "int4" if row.bits == 4 else "int8"
+    return "fp32" if row is None else row.name
 
 
 def _model(checkpoint: Checkpoint, context_length: int) -> Model:
@@ -186,7 +184,11 @@ def _scheme(graph: Graph, options: ExportOptions, weights: Weights) -> Scheme:
         for size in weight.shape:
             count *= size
         row = weights.row(name)
-        bits += count * 32 if row is None else count * row.bits + 16 * weight.shape[0] * (weight.shape[1] // (row.group or weight.shape[1]))
+        bits += (
+            count * 32
+            if row is None
+            else count * row.bits + 16 * weight.shape[0] * (weight.shape[1] // (row.group or weight.shape[1]))
+        )
         elements += count
     return Scheme(
         name=options.scheme,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import InputError
+from pocketlm.manifest import SchemeName
 from pocketlm_export.backends.base import TARGETS
 from pocketlm_export.quantization.schemes import HEADS, SCHEMES
 
@@ -23,8 +24,8 @@ class ExportOptions:
     """
 
     targets: tuple[str, ...] = TARGETS
-    scheme: str = "int4"
-    head: str = "int8"
+    scheme: SchemeName = "int4"
+    head: SchemeName = "int8"
     context: int | None = None
     accept: tuple[str, ...] = ()
     store: Path | None = None
@@ -40,7 +41,9 @@ class ExportOptions:
             raise InputError(f"unknown scheme {self.scheme!r}; valid: {', '.join(SCHEMES)}")
         if self.head not in HEADS:
             raise InputError(f"unknown head {self.head!r}; valid: {', '.join(HEADS)}")
-        if self.context is not None and (isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 2):
+        if self.context is not None and (
+            isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 2
+        ):
             raise InputError(f"context must be an integer of at least 2, not {self.context!r}")
 
 
@@ -52,16 +55,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
-    kinds = {"targets": list, "accept": list, "scheme": str, "head": str, "context": int, "store": str, "force": bool}
+    kinds: dict[str, type] = {
+        "targets": list, "accept": list, "scheme": str, "head": str, "context": int, "store": str, "force": bool,
+    }  # fmt: skip
     valid = [field.name for field in fields(ExportOptions)]
     for key, value in content.items():
         if key not in valid:
             raise InputError(f"{path}: unknown key {key!r}; valid: {', '.join(valid)}")
         if not isinstance(value, kinds[key]) or (isinstance(value, bool) and kinds[key] is not bool):
             raise InputError(f"{path}: {key!r} must be a {kinds[key].__name__}, not {value!r}")
-        if kinds[key] is list and not all(isinstance(item, str) for item in value):
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise InputError(f"{path}: {key!r} must be a list of strings")
-    converted = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-    if "store" in converted:
-        converted["store"] = Path(converted["store"])
-    return converted
+    for key, value in content.items():
+        if isinstance(value, list):
+            content[key] = tuple(value)
+        elif key == "store":
+            content[key] = Path(value)
+    return content

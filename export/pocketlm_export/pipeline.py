@@ -28,7 +28,7 @@ class Progress:
     advance: Callable[[str, int], None] = lambda _name, _elements: None
 
 
-def export_bundle(source: str, output: Path, options: ExportOptions, progress: Progress = Progress()) -> Bundle:  # noqa: B008
+def export_bundle(source: str, output: Path, options: ExportOptions, progress: Progress = Progress()) -> Bundle:
     """Export ``source``, a folder or ``org/name[@revision]``, to a bundle at ``output``.
 
     Raises :class:`pocketlm.InputError` for what can't be exported; nothing is left at ``output`` then.

@@ -65,7 +65,9 @@ MEAN_KL = {"onnx": 2e-2, "executorch": 2e-2, "coreml": 1e-3}
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("scheme", ("int4", "int8"))
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_quantized_agrees_with_the_reference_on_the_same_integers(row, scheme, runtime, tiny_checkpoint, tiny_bundle, tmp_path):
+def test_quantized_agrees_with_the_reference_on_the_same_integers(
+    row, scheme, runtime, tiny_checkpoint, tiny_bundle, tmp_path
+):
     folder, _ = tiny_checkpoint(row.name)
     tokens = tokens_for(row)
     expected = run(reference(folder, scheme, tmp_path), tokens)

@@ -34,6 +34,8 @@ def load_architecture(model_type: str, source: str) -> Architecture:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", model_type) or model_type not in known:
         near = get_close_matches(model_type, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UnsupportedError(f"{source}: model_type {model_type[:60]!r} is not supported{hint} Known: {', '.join(known)}")
+        raise UnsupportedError(
+            f"{source}: model_type {model_type[:60]!r} is not supported{hint} Known: {', '.join(known)}"
+        )
     module: Architecture = importlib.import_module(f"{__name__}.{model_type}")
     return module

@@ -50,14 +50,18 @@ class Defaults:
     tied: bool = False
 
 
-def read_decoder(fields: Fields, defaults: Defaults = Defaults()) -> DecoderConfig:  # noqa: B008
+def read_decoder(fields: Fields, defaults: Defaults = Defaults()) -> DecoderConfig:
     """The keys that every Llama-like class shares; a file of ``architectures`` replaces what it states otherwise."""
     fields.choice("hidden_act", "silu", ("silu", "swish"))
     if fields.flag("rope_interleaved", False):
         raise fields.refuse("rope_interleaved", "is true: interleaved rotary pairs are not supported")
     heads = fields.integer("num_attention_heads", most=1024)
     hidden_size = fields.integer("hidden_size", most=1 << 20)
-    kv_heads = heads if _is_null(fields, "num_key_value_heads") else fields.integer("num_key_value_heads", defaults.kv_heads or heads)
+    kv_heads = (
+        heads
+        if _is_null(fields, "num_key_value_heads")
+        else fields.integer("num_key_value_heads", defaults.kv_heads or heads)
+    )
     if heads % kv_heads:
         raise fields.refuse("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} attention heads")
     head_dim = _head_dim(fields, hidden_size, heads, defaults)
@@ -95,7 +99,7 @@ def _head_dim(fields: Fields, hidden_size: int, heads: int, defaults: Defaults) 
 
 
 def read_rotary(fields: Fields, width: int, default_theta: float, context_length: int) -> Rotary:
-    """The rotation of ``width`` elements: ``rope_scaling`` > ``rope_parameters``, ``rope_theta`` there > at top level."""
+    """The rotation of ``width`` elements: ``rope_scaling`` wins over ``rope_parameters``, their theta over the top."""
     top_theta = fields.number("rope_theta", default_theta)
     scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
     rope = scaling or parameters
@@ -120,7 +124,9 @@ def read_rotary(fields: Fields, width: int, default_theta: float, context_length
                 raise rope.refuse("high_freq_factor", f"must be greater than low_freq_factor ({low}), not {high}")
             frequencies = llama3_frequencies(theta, width, rope.number("factor"), low, high, original)
         case _:
-            raise UnsupportedError(f"{rope.source}: rope type {str(kind)[:40]!r} is not supported; supported: default, linear, llama3")
+            raise UnsupportedError(
+                f"{rope.source}: rope type {str(kind)[:40]!r} is not supported; supported: default, linear, llama3"
+            )
     unread = [key for key in rope.unread() if key not in ("partial_rotary_factor", "original_max_position_embeddings")]
     if unread:
         raise rope.refuse(unread[0], f"has no meaning for rope type {kind!r}")

@@ -74,7 +74,7 @@ class Attention(nn.Module):
             list(rotary.frequencies) if rotary else [], rotary.scale if rotary else 1.0,
             self.window, 0.0, config.norm_epsilon,
         )  # fmt: skip
-        return self.o_proj(mixed)  # type: ignore[no-any-return]
+        return self.o_proj(mixed)
 
 
 class GatedMlp(nn.Module):
@@ -87,7 +87,7 @@ class GatedMlp(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
             x = layer(x, position, caches[2 * index], caches[2 * index + 1])
         x = self.model.norm(x)
         head = self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
-        return ops.linear(x, head, None)  # type: ignore[no-any-return]
+        return ops.linear(x, head, None)
 
     def make_caches(self, batch: int = 1) -> list[Tensor]:
         """Empty caches for ``batch`` sequences, in torch's default dtype."""

@@ -2,7 +2,13 @@
 
 from dataclasses import replace
 
-from pocketlm_export.architectures._configuration import DecoderConfig, Defaults, LayerConfig, layer_windows, read_decoder
+from pocketlm_export.architectures._configuration import (
+    DecoderConfig,
+    Defaults,
+    LayerConfig,
+    layer_windows,
+    read_decoder,
+)
 from pocketlm_export.checkpoint.fields import Fields
 
 

@@ -62,8 +62,10 @@ class Backend(Protocol):
     """The functions of a backend's module."""
 
     def check(self, graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
-        """Raise :class:`pocketlm.UnsupportedError`, naming the attribute, if the graph can't be expressed. No imports of
-        vendor libraries, no work: it runs before anything else."""
+        """Raise :class:`pocketlm.UnsupportedError`, naming the attribute, if the graph can't be expressed.
+
+        It runs before any work, and imports no vendor library.
+        """
 
     def write(self, lowering: Lowering, folder: Path) -> Artifact:
         """Write the artifact into ``folder``, which exists and is empty; stream the weights; be deterministic."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pocketlm.errors import CheckpointError, UnsupportedError
 from pocketlm_export.architectures import DecoderConfig, load_architecture
 from pocketlm_export.checkpoint.fields import Fields, read_json
 from pocketlm_export.checkpoint.generation import Generation, read_generation
+from pocketlm_export.checkpoint.neutral import NEUTRAL_KEYS, NEUTRAL_TENSORS
 from pocketlm_export.checkpoint.tensors import FLOAT_TYPES, TensorFile, shard_paths
 from pocketlm_export.graph.graph import WeightInfo
 
@@ -22,25 +22,6 @@ __all__ = ["Checkpoint", "Tensors", "open_checkpoint"]
 QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
 OLD_PHI_KEYS = ("n_embd", "n_head", "n_layer", "n_inner", "n_positions")
 TEXT_LIKE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
-
-# Keys of any class that don't change the logits: bookkeeping, training, and the defaults of PretrainedConfig.
-NEUTRAL_KEYS = frozenset(
-    "_attn_implementation_autoset _model_name_or_path _name_or_path unk_token_id architectures attention_dropout attention_probs_dropout_prob auto_map "
-    "bos_token_id chunk_size_feed_forward classifier_dropout dtype embd_pdrop eos_token_id finetuning_task "
-    "hidden_dropout hidden_dropout_prob id2label initializer_range is_decoder is_encoder_decoder is_llama_config "
-    "label2id max_window_layers model_type output_attentions output_hidden_states output_router_logits pad_token_id "
-    "partial_rotary_factor prefix pretraining_tp problem_type resid_pdrop return_dict sep_token_id sliding_window "
-    "task_specific_params tokenizer_class torch_dtype torchscript transformers_version transformers.js_config "
-    "unsloth_fixed unsloth_version use_bfloat16 use_cache use_sliding_window rope_theta original_max_position_embeddings "
-    "cache_implementation bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id "
-    "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty "
-    "forced_bos_token_id forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups "
-    "num_beams num_return_sequences output_scores pruned_heads remove_invalid_values repetition_penalty "
-    "return_dict_in_generate suppress_tokens temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings top_k "
-    "top_p typical_p add_cross_attention mlp_bias attention_bias _sliding_window_pattern "
-    "unsloth_tiled_mlp".split()
-)
-NEUTRAL_TENSORS = re.compile(r"(model\.layers\.\d+\.self_attn\.|model\.)?rotary_emb\.inv_freq")
 
 
 class Tensors:
@@ -119,7 +100,8 @@ class Checkpoint:
             info = file.tensors[weight.name]
             if info.shape != weight.shape:
                 raise CheckpointError(
-                    f"{file.path}: {weight.name} has shape {list(info.shape)}, but config.json asks for {list(weight.shape)}"
+                    f"{file.path}: {weight.name} has shape {list(info.shape)}, "
+                    f"but config.json asks for {list(weight.shape)}"
                 )
             if info.dtype not in FLOAT_TYPES:
                 raise CheckpointError(
@@ -140,8 +122,8 @@ class Checkpoint:
     def _check_saved_head(self) -> None:
         if self.tensors.digest("lm_head.weight") != self.tensors.digest("model.embed_tokens.weight"):
             raise CheckpointError(
-                f"{self.tensors.source('lm_head.weight').path}: lm_head.weight differs from model.embed_tokens.weight, but "
-                "config.json ties them. transformers uses the embedding: --accept lm_head.weight; for the head set "
+                f"{self.tensors.source('lm_head.weight').path}: lm_head.weight differs from model.embed_tokens.weight, "
+                "but config.json ties them. transformers uses the embedding: --accept lm_head.weight; for the head set "
                 "tie_word_embeddings to false"
             )
 
@@ -188,7 +170,9 @@ def _read_config(folder: Path) -> Fields:
     if "adapter_config.json" in names:
         raise CheckpointError(f"{folder}: a PEFT adapter, not a model: merge it into its base model first")
     if any(name.endswith(".gguf") for name in names):
-        raise CheckpointError(f"{folder}: holds GGUF, which is already quantized: take the original safetensors checkpoint")
+        raise CheckpointError(
+            f"{folder}: holds GGUF, which is already quantized: take the original safetensors checkpoint"
+        )
     raise CheckpointError(f"{folder}: no config.json: not a Hugging Face checkpoint")
 
 
@@ -202,7 +186,9 @@ def _refuse_quantized(folder: Path, fields: Fields) -> None:
                 "take the original checkpoint"
             )
     if (folder / "hf_quant_config.json").exists():
-        raise CheckpointError(f"{folder}/hf_quant_config.json: the weights are already quantized: take the original checkpoint")
+        raise CheckpointError(
+            f"{folder}/hf_quant_config.json: the weights are already quantized: take the original checkpoint"
+        )
 
 
 def _check_head(fields: Fields) -> None:
@@ -210,7 +196,9 @@ def _check_head(fields: Fields) -> None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise fields.refuse("architectures", "must be a list of class names")
     if names and not any(name.endswith("ForCausalLM") for name in names):
-        raise UnsupportedError(f"{fields.source}: 'architectures' is {names[0][:60]}; supported: a class that ends in ForCausalLM")
+        raise UnsupportedError(
+            f"{fields.source}: 'architectures' is {names[0][:60]}; supported: a class that ends in ForCausalLM"
+        )
     if fields.value("model_type") == "phi" and any(key in fields for key in OLD_PHI_KEYS):
         raise UnsupportedError(f"{fields.source}: an old Phi configuration: save it again with transformers >= 4.37")
 

@@ -70,7 +70,9 @@ class TensorFile:
             raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
         length = int.from_bytes(self._map[:8], "little")
         if length > min(size - 8, LONGEST_HEADER):
-            raise CheckpointError(f"{path}: the header's length of {length} bytes is beyond the file: truncated or not safetensors")
+            raise CheckpointError(
+                f"{path}: the header's length of {length} bytes is beyond the file: truncated or not safetensors"
+            )
         self._data_start = 8 + length
         self.tensors: Mapping[str, TensorInfo] = self._parse(self._map[8 : self._data_start], size - self._data_start)
 
@@ -87,11 +89,17 @@ class TensorFile:
         end = 0
         for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
             if info.start != end:
-                problem = "overlaps another tensor" if info.start < end else f"leaves a hole of {info.start - end} bytes before it"
+                problem = (
+                    "overlaps another tensor"
+                    if info.start < end
+                    else f"leaves a hole of {info.start - end} bytes before it"
+                )
                 raise CheckpointError(f"{self.path}: {name} {problem}")
             end = info.stop
         if end != data_size:
-            raise CheckpointError(f"{self.path}: the tensors end at {end} but the data has {data_size} bytes: truncated or altered")
+            raise CheckpointError(
+                f"{self.path}: the tensors end at {end} but the data has {data_size} bytes: truncated or altered"
+            )
         return tensors
 
     def _entry(self, name: str, entry: object, data_size: int) -> TensorInfo:
@@ -131,7 +139,9 @@ class TensorFile:
         """
         info = self.tensors[name]
         if info.dtype not in FLOAT_TYPES:
-            raise CheckpointError(f"{self.path}: {name}: dtype {info.dtype} is not one of {', '.join(sorted(FLOAT_TYPES))}")
+            raise CheckpointError(
+                f"{self.path}: {name}: dtype {info.dtype} is not one of {', '.join(sorted(FLOAT_TYPES))}"
+            )
         raw = self.raw(name)
         step = max(1, elements // max(1, math.prod(info.shape[1:])))
         for start in range(0, info.shape[0], step):
@@ -166,7 +176,7 @@ def shard_paths(folder: Path) -> Mapping[str, Path]:
         return _read_index(index)
     single = folder / "model.safetensors"
     if single.exists():
-        return {name: single for name in TensorFile(single)}
+        return dict.fromkeys(TensorFile(single), single)
     raise CheckpointError(_explain_missing(folder))
 
 
@@ -202,7 +212,9 @@ def _explain_missing(folder: Path) -> str:
     if any(name.endswith(".gguf") for name in names):
         return f"{folder}: holds GGUF, which is already quantized: take the original safetensors checkpoint"
     if "consolidated.safetensors" in names:
-        return f"{folder}: holds Mistral's consolidated.safetensors only: take the Hugging Face files (model.safetensors)"
+        return (
+            f"{folder}: holds Mistral's consolidated.safetensors only: take the Hugging Face files (model.safetensors)"
+        )
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
         return f"{folder}: holds pickle files only, which are never loaded: save it again with safe_serialization=True"
     return f"{folder}: no model.safetensors and no model.safetensors.index.json"

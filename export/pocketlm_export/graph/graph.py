@@ -6,6 +6,7 @@ names (Hugging Face's) and never values. Positions of the sequence are the one d
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from pocketlm_export.graph.rotary import Rotary
 
@@ -31,7 +32,7 @@ Dimension = int | str
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What flows between nodes: float32 unless it is the token ids; shape ``[1, sequence, width]`` (ids ``[1, sequence]``)."""
+    """What flows between nodes: float32 ``[1, sequence, width]``, or the token ids, int64 ``[1, sequence]``."""
 
     name: str
     shape: tuple[Dimension, ...]
@@ -153,7 +154,9 @@ def inputs_of(node: Node) -> tuple[Value, ...]:
     """The values that a node reads."""
     names = {"output", "outputs"}
     return tuple(
-        value for field in fields(node) if field.name not in names and isinstance(value := getattr(node, field.name), Value)
+        value
+        for field in fields(node)
+        if field.name not in names and isinstance(value := getattr(node, field.name), Value)
     )
 
 
@@ -224,10 +227,12 @@ class Graph:
 
 def substitute(node: Node, values: Mapping[Value, Value]) -> Node:
     """``node`` reading ``values[v]`` wherever it read ``v``."""
-    changes = {
+    changes: dict[str, Any] = {
         field.name: values[value]
         for field in fields(node)
-        if field.name not in {"output", "outputs"} and isinstance(value := getattr(node, field.name), Value) and value in values
+        if field.name not in {"output", "outputs"}
+        and isinstance(value := getattr(node, field.name), Value)
+        and value in values
     }
     return replace(node, **changes) if changes else node
 

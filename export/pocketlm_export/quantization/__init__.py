@@ -1,1 +1,1 @@
-"""Weights to integers and scales: rows of schemes, the rules that choose scales, and the store that keeps the result."""
+"""Weights to integers and scales: rows of schemes, the rules that choose scales, and the store of the results."""

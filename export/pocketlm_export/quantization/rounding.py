@@ -1,4 +1,4 @@
-"""A block of rows to codes and scales. Scales are fixed before the codes are chosen, and exact in bfloat16 and float16."""
+"""A block of rows to codes and scales. Scales are fixed before the codes, and exact in bfloat16 and float16."""
 
 from collections.abc import Callable, Mapping
 
@@ -26,7 +26,7 @@ def _fit(smallest: Floats, largest: Floats) -> Floats:
 
 
 def _absmax(smallest: Floats, largest: Floats) -> Floats:
-    return np.maximum(largest, -smallest) / np.float32(127)
+    return np.divide(np.maximum(largest, -smallest), 127, dtype=np.float32)
 
 
 SCALE_RULES: Mapping[str, Callable[[Floats, Floats], Floats]] = {"fit": _fit, "absmax": _absmax}
@@ -54,8 +54,10 @@ def quantize_rows(values: Floats, row: SchemeRow) -> tuple[npt.NDArray[np.int8],
 
 def pack_nibbles(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     """int4 codes ``[n, K]`` -> two's complement nibbles uint8 ``[n, K/2]``, the even column low."""
-    low = codes[:, 0::2].view(np.uint8) & 0xF
-    return low | (codes[:, 1::2].view(np.uint8) << 4)
+    unsigned = codes.view(np.uint8)
+    packed = np.left_shift(unsigned[:, 1::2], 4)
+    packed |= unsigned[:, 0::2] & 0xF
+    return packed
 
 
 def unpack_nibbles(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:

@@ -1,12 +1,13 @@
 """Schemes as rows of data. A scheme names a row for each class of tensors; a backend translates a row or refuses it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pocketlm.errors import InputError
+from pocketlm.manifest import SchemeName
 from pocketlm_export.graph.graph import Graph, Linear, WeightInfo
 
-__all__ = ["HEADS", "SCHEMES", "SchemeRow", "assign_rows"]
+__all__ = ["HEADS", "SCHEMES", "SchemeRow", "assign_rows", "stored_bits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class SchemeRow:
     clipped on either side; ``absmax`` is max|w|/127. Codes lie in ``-2^(bits-1)..2^(bits-1)-1``, for int8 in -127..127.
     """
 
-    name: str
+    name: SchemeName
     bits: int
     group: int | None
     scale_rule: str
@@ -26,20 +27,16 @@ class SchemeRow:
 INT4 = SchemeRow("int4", 4, 32, "fit")
 INT8 = SchemeRow("int8", 8, None, "absmax")
 
-SCHEMES: Mapping[str, SchemeRow | None] = {"fp32": None, "int8": INT8, "int4": INT4}
-HEADS: Mapping[str, SchemeRow] = {"int8": INT8, "int4": INT4}
+SCHEMES: Mapping[SchemeName, SchemeRow | None] = {"fp32": None, "int8": INT8, "int4": INT4}
+HEADS: Mapping[SchemeName, SchemeRow] = {"int8": INT8, "int4": INT4}
 
 
-def assign_rows(graph: Graph, scheme: str, head: str) -> dict[str, SchemeRow | None]:
+def assign_rows(graph: Graph, scheme: SchemeName, head: SchemeName) -> dict[str, SchemeRow | None]:
     """The row of every weight of ``graph``; None keeps its values.
 
     Matrices of linears take the scheme's row, embedding and lm head the head's, vectors none. Rows whose group does
     not divide a matrix's columns fall back to int8.
     """
-    if scheme not in SCHEMES:
-        raise InputError(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
-    if head not in HEADS:
-        raise InputError(f"unknown head scheme {head!r}; valid: {', '.join(HEADS)}")
     rows: dict[str, SchemeRow | None] = dict.fromkeys(graph.weights())
     if SCHEMES[scheme] is None:
         return rows
@@ -56,3 +53,11 @@ def _fitting(row: SchemeRow | None, weight: WeightInfo) -> SchemeRow | None:
     if row is not None and row.group is not None and weight.shape[1] % row.group:
         return INT8
     return row
+
+
+def stored_bits(row: SchemeRow | None, shape: tuple[int, ...]) -> int:
+    """Bits that the store holds for a tensor: codes and 16-bit scales; float32 values without a row."""
+    elements = math.prod(shape)
+    if row is None:
+        return 32 * elements
+    return elements * row.bits + elements // (row.group or shape[-1]) * 16

@@ -156,8 +156,16 @@ class _EntryWriter:
         self._groups = columns // (row.group or columns)
         size = rows * self._width
         self._tensors = {
-            "codes": {"dtype": "U8" if row.bits == 4 else "I8", "shape": [rows, self._width], "data_offsets": [0, size]},
-            "scales": {"dtype": "BF16", "shape": [rows, self._groups], "data_offsets": [size, size + 2 * rows * self._groups]},
+            "codes": {
+                "dtype": "U8" if row.bits == 4 else "I8",
+                "shape": [rows, self._width],
+                "data_offsets": [0, size],
+            },
+            "scales": {
+                "dtype": "BF16",
+                "shape": [rows, self._groups],
+                "data_offsets": [size, size + 2 * rows * self._groups],
+            },
         }
         self._scales_start = size
         self._digest_place = len(self._header("0" * 64))
@@ -172,13 +180,13 @@ class _EntryWriter:
     def put(self, start: int, packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> None:
         """Rows from ``start`` on; blocks must come in order."""
         half = (scales.view(np.uint32) >> 16).astype(np.uint16)
-        self._codes_digest.update(packed)
-        self._scales_digest.update(half)
+        self._codes_digest.update(packed.data)
+        self._scales_digest.update(half.data)
         base = self._digest_place
         self._file.seek(base + start * self._width)
-        self._file.write(packed)
+        self._file.write(packed.data)
         self._file.seek(base + self._scales_start + start * self._groups * 2)
-        self._file.write(half)
+        self._file.write(half.data)
 
     def __enter__(self) -> Self:
         return self

@@ -75,7 +75,9 @@ def quantize(
 
     # numpy and hashlib release the interpreter's lock, so threads are enough; the largest first, to end together.
     order = sorted(wanted, key=lambda name: -int(np.prod(tensors.shape(name))))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+    with ThreadPoolExecutor(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ) as pool:
         try:
             results = list(pool.map(work, order))
         except BaseException:

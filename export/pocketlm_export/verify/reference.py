@@ -28,7 +28,9 @@ def load_decoder(config: DecoderConfig, context_length: int, weights: Weights, d
 class ReferenceSession(Session):
     """A session over the eager reference; float64 computes in float64 and returns float32."""
 
-    def __init__(self, config: DecoderConfig, context_length: int, weights: Weights, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: DecoderConfig, context_length: int, weights: Weights, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__(
             runtime="reference",
             context_length=context_length,

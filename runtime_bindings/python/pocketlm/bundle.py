@@ -117,7 +117,9 @@ class Bundle:
             if key in self._checked:
                 continue
             if status.st_size != record.size:
-                raise BundleError(f"{path}: {status.st_size} bytes, but the manifest says {record.size}: truncated or altered")
+                raise BundleError(
+                    f"{path}: {status.st_size} bytes, but the manifest says {record.size}: truncated or altered"
+                )
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                     raise BundleError(f"{path}: its content is not what the manifest says: altered")
@@ -139,14 +141,16 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     content = _read_json(source)
     version = content.get("format_version")
     if not isinstance(version, str) or version.split(".")[0] != str(FORMAT_MAJOR):
-        raise BundleError(f"{source}: format version {version!r}; this PocketLM reads {FORMAT_MAJOR}.x: use a matching release")
+        raise BundleError(
+            f"{source}: format version {version!r}; this PocketLM reads {FORMAT_MAJOR}.x: use a matching release"
+        )
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise BundleError(f"{source}: '{place}': {first['msg']}") from error
-    _check_paths(folder, source, [*manifest.files, *(target.path for target in manifest.targets.values())])
+    _check_paths(source, [*manifest.files, *(target.path for target in manifest.targets.values())])
     for name in manifest.files:
         _regular(folder / name, folder)
     return Bundle(folder, manifest)
@@ -166,7 +170,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_paths(folder: Path, source: Path, names: Iterable[str]) -> None:
+def _check_paths(source: Path, names: Iterable[str]) -> None:
     for name in names:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or "\\" in name or ".." in parts or str(PurePosixPath(name)) != name:

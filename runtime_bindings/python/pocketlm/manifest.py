@@ -5,7 +5,18 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["FORMAT_MAJOR", "FORMAT_VERSION", "FileRecord", "Manifest", "Model", "Place", "Provenance", "Sampling", "Target", "Weight"]
+__all__ = [
+    "FORMAT_MAJOR",
+    "FORMAT_VERSION",
+    "FileRecord",
+    "Manifest",
+    "Model",
+    "Place",
+    "Provenance",
+    "Sampling",
+    "Target",
+    "Weight",
+]
 
 FORMAT_VERSION = "1.0"
 FORMAT_MAJOR = 1

@@ -25,7 +25,9 @@ class Session(ABC):
     One thread owns a session: a call from a second thread while one runs raises :class:`PocketLMError`.
     """
 
-    def __init__(self, *, runtime: str, context_length: int, vocabulary_size: int, longest_call: int, rows: int) -> None:
+    def __init__(
+        self, *, runtime: str, context_length: int, vocabulary_size: int, longest_call: int, rows: int
+    ) -> None:
         """``longest_call`` is the most tokens that one :meth:`_run` takes, ``rows`` the most logits it returns."""
         self.runtime = runtime
         self.context_length = context_length
@@ -113,7 +115,9 @@ class Session(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @abstractmethod
