@@ -1,0 +1,147 @@
+"""Text to token ids and back, over the folder of a bundle that holds the tokenizer."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import tokenizers
+from tokenizers import processors
+
+from pocketlm.errors import BundleError, InputError
+
+__all__ = ["Tokenizer", "read_special_tokens", "read_tokenizer_config"]
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class Tokenizer:
+    """A ``tokenizer.json`` of the ``tokenizers`` library with the special tokens of ``tokenizer_config.json``.
+
+    A chat template writes the special tokens itself, the beginning of the text included: encode what it rendered with
+    ``add_special_tokens=False``. Text that no template has seen is encoded with ``add_special_tokens=True``.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> None:
+        """``special_tokens``: from ``"bos_token"``, ``"eos_token"``... to the token's text."""
+        self._backend = backend
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.special_tokens = dict(special_tokens)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Read ``tokenizer.json`` and ``tokenizer_config.json``, if there is one; :class:`BundleError` names the file.
+
+        As in transformers, an explicit ``add_bos_token`` or ``add_eos_token`` of the configuration decides over the
+        post-processor of ``tokenizer.json``.
+        """
+        path = Path(folder) / "tokenizer.json"
+        try:
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BundleError(f"{path}: can't be read ({error.strerror})") from error
+        except Exception as error:  # the library raises bare Exceptions
+            raise BundleError(f"{path}: not a tokenizer of the tokenizers library ({error})") from error
+        configuration = read_tokenizer_config(folder)
+        source = Path(folder) / "tokenizer_config.json"
+        special_tokens = read_special_tokens(folder, configuration)
+        _apply_added_ends(backend, configuration, special_tokens, source)
+        return cls(backend, special_tokens)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of ``text``; text that spells a special token becomes that token."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text is not valid Unicode at character {error.start}: a lone surrogate") from error
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``; ids without a token have none, bytes that are no UTF-8 become U+FFFD."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """The largest id plus one; the model may have more rows."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that ``skip_special_tokens`` leaves out."""
+        return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's spelling of an id, None where there is none."""
+        return self._backend.id_to_token(token_id)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it, None where there is none."""
+        return self._backend.token_to_id(token)
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """The tokens ``<0x00>``..``<0xFF>`` that the decoder joins to characters; empty without byte fallback."""
+        decoder = json.loads(self._backend.to_str()).get("decoder") or {}
+        kinds = {decoder.get("type")} | {part.get("type") for part in decoder.get("decoders", ())}
+        if "ByteFallback" not in kinds:
+            return frozenset()
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
+
+
+def read_tokenizer_config(folder: str | Path) -> dict[str, object]:
+    """The object in the folder's ``tokenizer_config.json``; empty where there is no such file."""
+    path = Path(folder) / "tokenizer_config.json"
+    try:
+        configuration = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not JSON ({error})") from error
+    if not isinstance(configuration, dict):
+        raise BundleError(f"{path}: holds a {type(configuration).__name__} instead of an object")
+    return configuration
+
+
+def read_special_tokens(folder: str | Path, configuration: Mapping[str, object]) -> dict[str, str]:
+    """``bos_token``, ``eos_token``... of a tokenizer_config.json, each a plain text or an object with ``content``."""
+    source = Path(folder) / "tokenizer_config.json"
+    return {
+        name: _token_text(configuration[name], f"{source}: {name}")
+        for name in _SPECIAL_TOKENS
+        if configuration.get(name) is not None
+    }
+
+
+def _token_text(value: object, where: str) -> str:
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise BundleError(f"{where}: a token is a string or an object with a string as its content, not {value!r}")
+    return text
+
+
+def _apply_added_ends(
+    backend: tokenizers.Tokenizer, configuration: Mapping[str, object], special_tokens: Mapping[str, str], source: Path
+) -> None:
+    if configuration.get("add_bos_token") is None and configuration.get("add_eos_token") is None:
+        return
+    added = {}
+    for key, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
+        if configuration.get(key) and name in special_tokens:
+            token_id = backend.token_to_id(special_tokens[name])
+            if token_id is None:
+                raise BundleError(f"{source}: {name} {special_tokens[name]!r} is not in tokenizer.json")
+            added[name] = (special_tokens[name], token_id)
+    first = [added["bos_token"][0]] if "bos_token" in added else []
+    last = [added["eos_token"][0]] if "eos_token" in added else []
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*first, "$A", *last],
+        pair=[*first, "$A:0", *last, *(f"{token}:1" for token in first), "$B:1", *(f"{token}:1" for token in last)],
+        special_tokens=list(dict.fromkeys(added.values())),
+    )
