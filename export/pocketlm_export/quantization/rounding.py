@@ -40,8 +40,9 @@ def quantize_rows(values: Floats, row: SchemeRow) -> tuple[npt.NDArray[np.int8],
     """
     rows, columns = values.shape
     group = row.group or columns
-    # The group's axis comes first: reductions over a short last axis are slow in numpy.
-    grouped = np.ascontiguousarray(values.reshape(-1, group).T)
+    # The group's axis comes first: reductions over a short last axis are slow in numpy. Always a copy: it is worked on
+    # in place, and a single group is contiguous either way.
+    grouped = values.reshape(-1, group).T.copy(order="C")
     scales = _round_to_bfloat16(SCALE_RULES[row.scale_rule](grouped.min(0), grouped.max(0)))
     np.clip(scales, SMALLEST_SCALE, LARGEST_SCALE, out=scales)
     np.divide(grouped, scales, out=grouped)
