@@ -1,0 +1,91 @@
+"""PocketLM: one verified bundle of ONNX, ExecuTorch and Core ML artifacts from the checkpoint of a small language model.
+
+``import pocketlm`` imports nothing heavy: a name brings its module when it is first used.
+"""
+
+import importlib
+import importlib.metadata
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pocketlm.errors import (
+    BundleError,
+    CheckError,
+    CheckpointError,
+    ContextLengthError,
+    InputError,
+    PocketLMError,
+    TemplateError,
+    UnavailableError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from pocketlm.bundle import Bundle
+    from pocketlm.bundle import open_bundle as open
+    from pocketlm.chat import chat
+    from pocketlm.generate import Piece, generate
+    from pocketlm.session import Session
+    from pocketlm_export import export
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CheckError",
+    "CheckpointError",
+    "ContextLengthError",
+    "InputError",
+    "Piece",
+    "PocketLMError",
+    "Session",
+    "TemplateError",
+    "UnavailableError",
+    "UnsupportedError",
+    "chat",
+    "export",
+    "generate",
+    "open",
+    "verify",
+]
+
+_LAZY = {
+    "Bundle": ("pocketlm.bundle", "Bundle"),
+    "Piece": ("pocketlm.generate", "Piece"),
+    "Session": ("pocketlm.session", "Session"),
+    "chat": ("pocketlm.chat", "chat"),
+    "export": ("pocketlm_export", "export"),
+    "generate": ("pocketlm.generate", "generate"),
+    "open": ("pocketlm.bundle", "open_bundle"),
+}
+
+
+def verify(bundle: object, /) -> None:  # noqa: ARG001
+    """Issue the certificate of ``bundle``. Not in this release: raises :class:`UnsupportedError`."""
+    raise UnsupportedError("pocketlm.verify: verification is not in this release; opening a bundle checks its hashes")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("pocketlm")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pocketlm' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    value = getattr(importlib.import_module(module), attribute)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+class _Package(ModuleType):
+    """Keeps ``pocketlm.generate`` and ``pocketlm.chat`` the functions: importing a submodule sets it on its package."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _LAZY and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
