@@ -21,7 +21,10 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         # The window begins with settled tokens, so that rules for the start of a text don't hit the middle of it.
-        self._window = [token for token in context[-_CONTEXT:] if self._has_text(token)]
+        start = max(0, len(context) - _CONTEXT)
+        while start > 0 and context[start] in tokenizer.byte_ids:
+            start -= 1
+        self._window = [token for token in context[start:] if self._has_text(token)]
         self._settled = len(self._window)
         self._given = len(self._decode().rstrip("\ufffd"))
 

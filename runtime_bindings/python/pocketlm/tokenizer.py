@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Self
 
 import tokenizers
-from tokenizers import processors
 
 from pocketlm.errors import BundleError, InputError
 
@@ -36,8 +35,8 @@ class Tokenizer:
     def open(cls, folder: str | Path) -> Self:
         """Read ``tokenizer.json`` and ``tokenizer_config.json``, if there is one; :class:`BundleError` names the file.
 
-        As in transformers, an explicit ``add_bos_token`` or ``add_eos_token`` of the configuration decides over the
-        post-processor of ``tokenizer.json``.
+        As in transformers, the post-processor of ``tokenizer.json`` decides which special tokens are added, whatever
+        ``add_bos_token`` of the configuration says.
         """
         path = Path(folder) / "tokenizer.json"
         try:
@@ -47,10 +46,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise BundleError(f"{path}: not a tokenizer of the tokenizers library ({error})") from error
         configuration = read_tokenizer_config(folder)
-        source = Path(folder) / "tokenizer_config.json"
-        special_tokens = read_special_tokens(folder, configuration)
-        _apply_added_ends(backend, configuration, special_tokens, source)
-        return cls(backend, special_tokens)
+        return cls(backend, read_special_tokens(folder, configuration))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of ``text``; text that spells a special token becomes that token."""
@@ -124,24 +120,3 @@ def _token_text(value: object, where: str) -> str:
     if not isinstance(text, str):
         raise BundleError(f"{where}: a token is a string or an object with a string as its content, not {value!r}")
     return text
-
-
-def _apply_added_ends(
-    backend: tokenizers.Tokenizer, configuration: Mapping[str, object], special_tokens: Mapping[str, str], source: Path
-) -> None:
-    if configuration.get("add_bos_token") is None and configuration.get("add_eos_token") is None:
-        return
-    added = {}
-    for key, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
-        if configuration.get(key) and name in special_tokens:
-            token_id = backend.token_to_id(special_tokens[name])
-            if token_id is None:
-                raise BundleError(f"{source}: {name} {special_tokens[name]!r} is not in tokenizer.json")
-            added[name] = (special_tokens[name], token_id)
-    first = [added["bos_token"][0]] if "bos_token" in added else []
-    last = [added["eos_token"][0]] if "eos_token" in added else []
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*first, "$A", *last],
-        pair=[*first, "$A:0", *last, *(f"{token}:1" for token in first), "$B:1", *(f"{token}:1" for token in last)],
-        special_tokens=list(dict.fromkeys(added.values())),
-    )
