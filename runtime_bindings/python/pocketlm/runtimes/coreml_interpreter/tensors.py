@@ -115,6 +115,8 @@ class BlockwiseShiftScale(StoredTensor):
         self.shape, self.element, self.identity = data.shape, element, identity
         self._data, self._scale, self._offset = data, scale, offset
         _check_blocks(data.shape, scale.shape, "scale")
+        if scale.element != element:
+            raise ValueError(f"scale of type {scale.element}, result of {element}")
         if offset is not None and offset.shape != scale.shape:
             raise ValueError(f"offset has shape {list(offset.shape)}, scale {list(scale.shape)}")
 
@@ -150,6 +152,8 @@ class LookupTable(StoredTensor):
             raise ValueError(f"{entries} entries in a lookup table for {indices.element} indices")
         if vector_axis is None and width != 1:
             raise ValueError(f"lut has vectors of {width} and no vector_axis")
+        if lut.element != element:
+            raise ValueError(f"lut of type {lut.element}, result of {element}")
         axis = vector_axis or 0
         if not -rank <= axis < rank:
             raise ValueError(f"vector_axis {axis} of a tensor of rank {rank}")
