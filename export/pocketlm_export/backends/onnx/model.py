@@ -1,0 +1,122 @@
+"""The two models of an artifact: the decoder, and its head for logits of more than one position."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from pocketlm_export.backends.base import Entry
+from pocketlm_export.backends.onnx.emit import HEAD_INPUT, MICROSOFT, ROWS_SUFFIX, Emission, tensor_value
+from pocketlm_export.backends.onnx.layout import Codes, Layout, Matrix, Vector
+from pocketlm_export.graph.graph import SEQUENCE, Graph, LastPositions
+from pocketlm_export.quantization.schemes import SchemeRow
+
+__all__ = ["Models", "build", "entries", "runtime_floor"]
+
+OPSET = 23  # RMSNormalization; the norm that older runtimes have is no ONNX operator
+IR_VERSION = 10
+# The first release of ONNX Runtime whose CPU kernels take an operator as it is emitted, where it isn't any.
+FLOORS = {
+    "RMSNormalization": (1, 23, 2),  # 1.22.1 refuses the opset
+    "GatherBlockQuantized": (1, 23, 2),  # uint8 with bits
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """``decoder`` is model.onnx, ``head`` is head.onnx: hidden states to logits, on the same bytes of the data file."""
+
+    decoder: ir.Model
+    head: ir.Model
+    layout: Layout
+
+
+def build(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> Models:
+    """Both models of a :func:`lowered` graph; weights are places in the data file."""
+    layout = Layout(rows)
+    cut = next(index for index, node in enumerate(graph.nodes) if isinstance(node, LastPositions))
+    last = graph.nodes[cut]
+    assert isinstance(last, LastPositions)
+
+    decoder = Emission(graph, layout)
+    ids = decoder.values[graph.ids] = tensor_value("input_ids", ir.DataType.INT64, (1, SEQUENCE))
+    for node in graph:
+        decoder.emit(node)
+    hidden = _output(decoder.values[last.x], HEAD_INPUT, (1, SEQUENCE, last.x.width))
+    logits = _output(decoder.values[graph.logits], "logits", (1, 1, graph.logits.width))
+    presents = [_typed(value, _present_shape(decoder, name)) for name, value in decoder.presents.items()]
+
+    head = Emission(replace(graph, nodes=graph.nodes[cut + 1 :]), layout)
+    states = head.values[last.output] = tensor_value(HEAD_INPUT, ir.DataType.FLOAT, (1, "rows", last.x.width))
+    for node in head.graph:
+        head.emit(node)
+    all_logits = _output(head.values[graph.logits], "logits", (1, "rows", graph.logits.width))
+    return Models(
+        _model(decoder, [ids, decoder.mask, *decoder.caches.values()], [logits, *presents, hidden]),
+        _model(head, [states], [all_logits]),
+        layout,
+    )
+
+
+def _output(value: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Value:
+    node = value.producer()
+    assert node is not None
+    if node.name == value.name:
+        node.name = name
+    value.name = name
+    return _typed(value, shape)
+
+
+def _typed(value: ir.Value, shape: Sequence[int | str]) -> ir.Value:
+    value.shape, value.type = ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+    return value
+
+
+def _present_shape(emission: Emission, name: str) -> list[int | str]:
+    past = emission.caches[name.replace("present", "past_key_values")].shape
+    assert past is not None
+    return [dimension if isinstance(dimension, int) else "present_sequence" for dimension in past]
+
+
+def _model(emission: Emission, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=emission.nodes,
+        initializers=list(emission.initializers.values()),
+        opset_imports={"": OPSET, MICROSOFT: 1},
+        name="main",
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="pocketlm")
+
+
+def runtime_floor(models: Models) -> str:
+    """The oldest onnxruntime that runs both models, as ``1.2.3``."""
+    operators = {node.op_type for model in (models.decoder, models.head) for node in model.graph}
+    return ".".join(map(str, max(FLOORS[operator] for operator in operators & FLOORS.keys())))
+
+
+def entries(graph: Graph, layout: Layout) -> dict[str, Entry]:
+    """The initializer and the first row there of every weight of ``graph``.
+
+    An untied quantized embedding is only read row by row; a tied one goes by the head's name.
+    """
+    places: dict[str, Entry] = {}
+    weights = graph.weights()
+    for region in layout.regions:
+        match region.content:
+            case Codes(weights=names) | Matrix(weights=names):
+                row = 0
+                for name in names:
+                    places[name] = Entry(region.name, row)
+                    row += weights[name].shape[0]
+            case Vector(parts=parts):
+                row = 0
+                for part, size in parts:
+                    if part is not None:
+                        places[part] = Entry(region.name, row)
+                    row += size
+    embedding = graph.embedding.weight.name
+    if not graph.tied and layout.codes((embedding,), *graph.embedding.weight.shape) is not None:
+        places[embedding] = Entry(embedding + ROWS_SUFFIX)
+    return places

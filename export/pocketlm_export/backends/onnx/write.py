@@ -1,0 +1,86 @@
+"""Streams the weights into ``model.onnx.data``, a block of rows at a time."""
+
+from collections.abc import Callable, Iterator
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketlm_export.backends.onnx.layout import Codes, Layout, Matrix, Region, Scales, Table, Vector
+from pocketlm_export.graph.rotary import rotary_tables
+from pocketlm_export.quantization.weights import Weights
+
+__all__ = ["write_data"]
+
+BLOCK_BYTES = 4 << 20
+Blocks = Iterator[npt.NDArray[Any]]
+
+
+def write_data(layout: Layout, weights: Weights, path: Path, progress: Callable[[str, int], None]) -> None:
+    """Every region of ``layout``; ``progress`` gets each weight's name and number of elements once it is written."""
+    with path.open("wb") as file:
+        for region in layout.regions:
+            file.seek(region.offset)
+            _write(file, region, weights)
+            weights.release()
+            _report(region, weights, progress)
+
+
+def _write(file: BufferedWriter, region: Region, weights: Weights) -> None:
+    match region.content:
+        case Codes() as content:
+            blocks = _codes(content, weights)
+        case Scales() as content:
+            blocks = _scales(content, weights)
+        case Matrix() as content:
+            blocks = (values for name in content.weights for _, values in weights.blocks(name))
+        case Vector() as content:
+            blocks = iter([_vector(content, weights)])
+        case Table() as content:
+            cosine, sine = rotary_tables(content.rotary, content.length)
+            blocks = iter([cosine if content.part == "cos" else sine])
+    for block in blocks:
+        file.write(np.ascontiguousarray(block).data)
+    assert file.tell() == region.offset + region.size
+
+
+def _codes(content: Codes, weights: Weights) -> Blocks:
+    # Flipping the top bit of each code turns two's complement into an offset of 2^(bits-1).
+    flip = np.uint8(0x88 if content.bits == 4 else 0x80)
+    width = content.shape[1] * content.shape[2]
+    for name in content.weights:
+        tensor = weights.quantized(name)
+        step = max(1, BLOCK_BYTES // width)
+        for start in range(0, tensor.shape[0], step):
+            packed = tensor.packed(start, start + step) ^ flip
+            yield np.pad(packed, ((0, 0), (0, width - packed.shape[1])), constant_values=flip)
+
+
+def _scales(content: Scales, weights: Weights) -> Blocks:
+    blocks = content.codes.blocks
+    for name in content.codes.weights:
+        tensor = weights.quantized(name)
+        step = max(1, BLOCK_BYTES // (4 * blocks))
+        for start in range(0, tensor.shape[0], step):
+            scales = tensor.scales(start, start + step)
+            yield np.repeat(scales, blocks // scales.shape[1], axis=1)
+
+
+def _vector(content: Vector, weights: Weights) -> npt.NDArray[np.float32]:
+    parts = [np.zeros(size, np.float32) if name is None else weights.values(name) for name, size in content.parts]
+    values: npt.NDArray[np.float32] = np.concatenate(parts)
+    return values + np.float32(content.offset) if content.offset else values
+
+
+def _report(region: Region, weights: Weights, progress: Callable[[str, int], None]) -> None:
+    match region.content:
+        case Codes() | Matrix() as content:
+            names = content.weights
+        case Vector() as content:
+            names = tuple(name for name, _ in content.parts if name is not None)
+        case _:
+            names = ()
+    for name in names:
+        progress(name, int(np.prod(weights.shape(name))))
