@@ -37,8 +37,8 @@ class TextBundle(Protocol):
     def default_sampling(self) -> Mapping[str, object]:
         """The stated keys of generation_config.json, ``do_sample`` among them."""
 
-    def session(self, runtime: str | None = None, *, threads: int | None = None) -> Session:
-        """A fresh session whose ``bundle`` is this one."""
+    def session(self) -> Session:
+        """A fresh session over the runtime of first choice, whose ``bundle`` is this one."""
 
 
 @dataclass(frozen=True)

@@ -348,6 +348,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         metered = _Metered().visit(source)
         return super()._generate(metered, *args, **kwargs)
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """An attribute or a key, as jinja2 has it, but no name of Python's own, there or not."""
+        return self.unsafe_undefined(obj, attribute) if attribute.startswith("__") else super().getattr(obj, attribute)
+
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         """Refuse at once: jinja2's own value of an unsafe attribute prints as nothing."""
         raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed")

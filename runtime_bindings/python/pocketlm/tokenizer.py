@@ -1,7 +1,6 @@
 """Text to token ids and back, over the folder of a bundle that holds the tokenizer."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,6 @@ from pocketlm.errors import BundleError, InputError
 __all__ = ["Tokenizer", "read_special_tokens", "read_tokenizer_config"]
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Tokenizer:
@@ -81,12 +79,12 @@ class Tokenizer:
     @cached_property
     def byte_ids(self) -> frozenset[int]:
         """The tokens ``<0x00>``..``<0xFF>`` that the decoder joins to characters; empty without byte fallback."""
-        decoder = json.loads(self._backend.to_str()).get("decoder") or {}
+        decoder = json.loads(self._backend.decoder.__getstate__()) if self._backend.decoder else {}
         kinds = {decoder.get("type")} | {part.get("type") for part in decoder.get("decoders", ())}
         if "ByteFallback" not in kinds:
             return frozenset()
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        return frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
+        names = [f"<0x{byte:02{case}}>" for byte in range(256) for case in "Xx"]
+        return frozenset(token_id for name in names if (token_id := self.token_id(name)) is not None)
 
 
 def read_tokenizer_config(folder: str | Path) -> dict[str, object]:
