@@ -1,0 +1,75 @@
+"""Writes a .pte: the program's flatbuffer, then the segments, streamed piece by piece."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from executorch.exir import schema
+from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
+from executorch.exir._serialize._program import _ExtendedHeader, _insert_flatbuffer_header
+from executorch.exir._serialize.padding import pad_to
+
+from pocketlm_export.backends.executorch.emit import Emission
+from pocketlm_export.backends.executorch.layout import PAGE, Layout, align, place
+from pocketlm_export.backends.executorch.packing import Piece
+
+__all__ = ["write_pte"]
+
+MAGIC = r"ET[0-9a-zA-Z][0-9a-zA-Z]"
+
+
+def write_pte(path: Path, emission: Emission, facts: Sequence[schema.ExecutionPlan]) -> dict[str, str]:
+    """Write the method ``forward`` and the constant methods ``facts``; return the key of each placeholder.
+
+    Keys are hashes of content that is made only while it is written, so graphs and program are written last: a key is
+    as long as its placeholder and nothing moves.
+    """
+    payloads = [graph.to_bytes() for graph in emission.method.delegates]
+    layout = place(emission.method.constants, [len(payload) for payload in payloads], emission.named)
+    program = _program(emission, layout, facts)
+    base = align(len(program), PAGE)
+    with path.open("wb") as file:
+        file.truncate(base + layout.size)
+        digests: dict[Piece, bytes] = {}
+        for piece, offset in layout.pieces.items():
+            file.seek(base + offset)
+            digest = hashlib.sha256()
+            for block in piece.blocks():
+                content = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+                digest.update(content)
+                file.write(content)
+            if file.tell() != base + offset + piece.size:
+                raise AssertionError(f"{file.tell() - base - offset} bytes where {piece.size} were planned")
+            digests[piece] = digest.digest()
+        keys = {constant.placeholder: constant.key(digests) for constant in emission.named}
+        for payload, segment in zip(payloads, layout.delegate_segments, strict=True):
+            file.seek(base + layout.segments[segment].offset)
+            file.write(_replaced(payload, keys))
+        file.seek(0)
+        file.write(_replaced(program, keys))
+    return keys
+
+
+def _program(emission: Emission, layout: Layout, facts: Sequence[schema.ExecutionPlan]) -> bytes:
+    program = schema.Program(
+        version=0,
+        execution_plan=[emission.method.finish("forward", emission.output, layout.delegate_segments), *facts],
+        constant_buffer=[],
+        backend_delegate_data=[],
+        segments=layout.segments,
+        constant_segment=schema.SubsegmentOffsets(segment_index=0, offsets=layout.constant_offsets),
+        named_data=layout.named_data,
+    )
+    flatbuffer = _program_to_flatbuffer(program, constant_tensor_alignment=16)
+    header_size = align(_ExtendedHeader.EXPECTED_LENGTH, flatbuffer.max_alignment)
+    size = header_size + len(flatbuffer.data)
+    header = _ExtendedHeader(program_size=size, segment_base_offset=align(size, PAGE), segment_data_size=layout.size)
+    content: bytes = _insert_flatbuffer_header(flatbuffer.data, MAGIC, pad_to(header.to_bytes(), header_size))
+    return content
+
+
+def _replaced(content: bytes, keys: dict[str, str]) -> bytes:
+    for placeholder, key in keys.items():
+        content = content.replace(placeholder.encode(), key.encode())
+    return content
