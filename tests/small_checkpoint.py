@@ -1,4 +1,4 @@
-"""A small Llama checkpoint written without torch, to be damaged by tests; and released shapes as files without content."""
+"""A small Llama checkpoint written without torch, to be damaged by tests; released shapes as files without content."""
 
 import json
 import math

@@ -1,9 +1,11 @@
 """Writes a bundle beside its place and moves it there when it is whole."""
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -29,7 +31,7 @@ from pocketlm_export.backends.base import Artifact
 from pocketlm_export.checkpoint.checkpoint import Checkpoint
 from pocketlm_export.graph.graph import Graph
 from pocketlm_export.options import ExportOptions
-from pocketlm_export.quantization.schemes import SchemeRow
+from pocketlm_export.quantization.schemes import SchemeRow, stored_bits
 from pocketlm_export.quantization.weights import Weights
 
 __all__ = ["BundleWriter"]
@@ -45,23 +47,36 @@ class BundleWriter:
 
     def __init__(self, output: Path, *, force: bool) -> None:
         self.output = Path(os.path.abspath(output))  # noqa: PTH100  resolve() would follow a link at output
-        if self.output.is_symlink() or (self.output.exists() and not force):
-            raise InputError(f"{output}: exists already; choose another place, or --force to replace it")
+        self._force = force
+        self._refuse_existing()
+
+    def _refuse_existing(self) -> None:
+        if self.output.is_symlink() or (self.output.exists() and not self._force):
+            raise InputError(f"{self.output}: exists already; choose another place, or --force to replace it")
         if self.output.exists() and not (self.output / "manifest.json").is_file():
-            raise InputError(f"{output}: exists and is not a bundle; --force replaces bundles only")
+            raise InputError(f"{self.output}: exists and is not a bundle; --force replaces bundles only")
 
     def __enter__(self) -> Self:
         parent = self.output.parent
+        self._made_parents = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=parent))
+            self._scratch = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=parent))
         except OSError as error:
+            self._remove_made_parents()
             raise InputError(f"{parent}: can't be written: {error.strerror}") from error
-        self._folder.chmod(0o755)
+        self._folder = self._scratch / "new"
+        self._folder.mkdir()
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._remove_made_parents()
+
+    def _remove_made_parents(self) -> None:
+        for folder in self._made_parents:
+            with contextlib.suppress(OSError):  # not empty: it holds the bundle, or someone else's files
+                folder.rmdir()
 
     def folder(self, name: str) -> Path:
         """A new empty folder of the bundle."""
@@ -74,6 +89,9 @@ class BundleWriter:
         folder = self.folder("tokenizer")
         for name, path in checkpoint.tokenizer_files.items():
             shutil.copyfile(path, folder / name)
+        for path in sorted((checkpoint.folder / "additional_chat_templates").glob("*.jinja")):
+            (folder / path.parent.name).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / path.parent.name / path.name)
 
     def add_licenses(self, checkpoint: Checkpoint) -> None:
         """The model's own licence files."""
@@ -127,17 +145,21 @@ class BundleWriter:
         (self._folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
     def commit(self) -> None:
-        """Move the bundle to its place in one step."""
+        """Move the bundle to its place in one step. Raises :class:`InputError` if another export was there first."""
         lock = os.open(self.output.parent, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            old = None
-            if self.output.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=self.output.parent))
-                self.output.rename(old / "old")
-            self._folder.rename(self.output)
-            if old is not None:
-                shutil.rmtree(old)
+            self._refuse_existing()
+            if not self.output.exists():
+                self._folder.rename(self.output)
+                return
+            replaced = self._scratch / "replaced"
+            self.output.rename(replaced)
+            try:
+                self._folder.rename(self.output)
+            except BaseException:
+                replaced.rename(self.output)
+                raise
         finally:
             os.close(lock)
 
@@ -178,18 +200,9 @@ def _model(checkpoint: Checkpoint, context_length: int) -> Model:
 
 
 def _scheme(graph: Graph, options: ExportOptions, weights: Weights) -> Scheme:
-    bits = elements = 0
-    for name, weight in graph.weights().items():
-        count = 1
-        for size in weight.shape:
-            count *= size
-        row = weights.row(name)
-        bits += (
-            count * 32
-            if row is None
-            else count * row.bits + 16 * weight.shape[0] * (weight.shape[1] // (row.group or weight.shape[1]))
-        )
-        elements += count
+    needed = graph.weights()
+    bits = sum(stored_bits(weights.row(name), weight.shape) for name, weight in needed.items())
+    elements = sum(math.prod(weight.shape) for weight in needed.values())
     return Scheme(
         name=options.scheme,
         linears=options.scheme,

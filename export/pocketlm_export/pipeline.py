@@ -11,6 +11,8 @@ from pocketlm_export.backends.base import Artifact, Lowering, load_backend
 from pocketlm_export.bundling import BundleWriter
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from pocketlm_export.checkpoint.hub import locate
+from pocketlm_export.checkpoint.text import open_text
+from pocketlm_export.golden import write_golden
 from pocketlm_export.options import DEFAULT_CONTEXT, ExportOptions
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore, default_store
@@ -37,6 +39,7 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
     with BundleWriter(output, force=options.force) as writer:
         checkpoint = open_checkpoint(locate(source), options.accept)
         context = resolve_context(checkpoint, options.context)
+        text = open_text(checkpoint, options.accept)
 
         progress.stage("trace", 0)
         from pocketlm_export.graph.trace import trace  # imports torch, so only once the input is known to be good
@@ -69,6 +72,9 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
             artifacts[name] = backend.write(lowering, writer.folder(name))
             libraries.update(backend.libraries())
             weights.release()
+
+        progress.stage("golden", 0)
+        write_golden(writer.folder("golden"), text, checkpoint.config, graph, weights)
 
         progress.stage("finish", 0)
         writer.add_tokenizer(checkpoint)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,9 @@ def test_the_index_wins_over_a_single_file(folder):
     values = load_file(folder / "model.safetensors")
     shard(folder)
     save_file({name: value * 2 for name, value in values.items()}, folder / "model.safetensors")
-    np.testing.assert_array_equal(open_checkpoint(folder).tensors.values("model.norm.weight"), values["model.norm.weight"])
+    np.testing.assert_array_equal(
+        open_checkpoint(folder).tensors.values("model.norm.weight"), values["model.norm.weight"]
+    )
 
 
 def test_the_digest_follows_config_and_weights(folder):
@@ -111,7 +114,9 @@ def test_the_digest_follows_config_and_weights(folder):
 def test_stop_ids_are_the_union_of_both_files(folder):
     change_config(folder, eos_token_id=[1, 7])
     (folder / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": 9, "bos_token_id": 3, "do_sample": True, "temperature": 0.6, "top_k": 20, "max_length": 5})
+        json.dumps(
+            {"eos_token_id": 9, "bos_token_id": 3, "do_sample": True, "temperature": 0.6, "top_k": 20, "max_length": 5}
+        )
     )
     generation = open_checkpoint(folder).generation
     assert generation.stop_ids == (1, 7, 9)
@@ -180,11 +185,12 @@ def released(data) -> Path:
     return folder
 
 
-def released_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def released_shapes(folder: Path, layers: int = 1000) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a released file, those of its first ``layers`` layers."""
     shapes = {}
     for entry in json.loads((folder / "tensors.json").read_text())["tensors"]:
         first, last = entry.get("layers", (0, 0))
-        for layer in range(first, last + 1):
+        for layer in range(first, min(last + 1, layers)):
             shapes[entry["name"].replace("{layer}", str(layer))] = tuple(entry["shape"])
     return shapes
 
@@ -206,7 +212,12 @@ def test_released_models_parse_or_are_refused_for_a_stated_reason(released, tmp_
         model_type = json.loads((source / "config.json").read_text())["model_type"]
         folder = as_checkpoint(source, tmp_path / source.name)
         if model_type in known_architectures():
-            check(folder)
+            config = open_checkpoint(folder).config
+            first_layers = replace(config, layers=config.layers[:2])
+            traced = {name: weight.shape for name, weight in trace(first_layers, 16).weights().items()}
+            assert traced == released_shapes(source, layers=2), source.name
+            assert f"model.layers.{len(config.layers) - 1}.mlp.up_proj.weight" in released_shapes(source)
+            assert f"model.layers.{len(config.layers)}.mlp.up_proj.weight" not in released_shapes(source)
             supported.append(source.name)
         else:
             with pytest.raises(UnsupportedError, match=rf"config\.json: model_type '{model_type}' is not supported"):
@@ -219,8 +230,15 @@ def test_released_models_parse_or_are_refused_for_a_stated_reason(released, tmp_
 
 def test_a_tensor_of_a_released_model_of_another_shape_is_refused(released, tmp_path):
     folder = as_checkpoint(released / "Qwen2.5-0.5B-Instruct", tmp_path / "model")
-    change_config(folder, intermediate_size=4863)
+    change_config(folder, intermediate_size=4863, num_hidden_layers=1)
     with pytest.raises(CheckpointError, match=r"mlp\.gate_proj\.weight has shape \[4864, 896\].*\[4863, 896\]"):
+        check(folder)
+
+
+def test_layers_left_over_are_refused(released, tmp_path):
+    folder = as_checkpoint(released / "Qwen2.5-0.5B-Instruct", tmp_path / "model")
+    change_config(folder, num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match=r"tensors that the model does not use: model\.layers\.10\."):
         check(folder)
 
 

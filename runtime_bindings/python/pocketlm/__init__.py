@@ -1,4 +1,4 @@
-"""PocketLM: one verified bundle of ONNX, ExecuTorch and Core ML artifacts from the checkpoint of a small language model.
+"""PocketLM: one bundle of ONNX, ExecuTorch and Core ML artifacts from the checkpoint of a small language model.
 
 ``import pocketlm`` imports nothing heavy: a name brings its module when it is first used.
 """

@@ -1,0 +1,40 @@
+"""The checkpoint's tokenizer and chat template, opened and tried before any work is done."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from pocketlm.errors import CheckpointError
+from pocketlm.template import ChatTemplate
+from pocketlm.tokenizer import Tokenizer
+from pocketlm_export.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["TextFiles", "open_text"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextFiles:
+    """What turns text into token ids; ``template`` is None for a base model."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+
+def open_text(checkpoint: Checkpoint, accept: Collection[str] = ()) -> TextFiles:
+    """Open both. ``accept`` names tokens that no text of the user holds.
+
+    Raises :class:`pocketlm.InputError` for a broken tokenizer, a token whose id the embedding has no row for, and a
+    template that can't render one message of a user.
+    """
+    tokenizer = Tokenizer.open(checkpoint.folder)
+    rows = checkpoint.config.vocabulary_size
+    beyond = [token for token in map(tokenizer.token, range(rows, tokenizer.vocabulary_size)) if token is not None]
+    refused = [token for token in beyond if token not in accept]
+    if refused:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'tokenizer.json'}: the id of token {refused[0]!r} is beyond the {rows} rows of the "
+            f"embedding ({len(refused)} such tokens). If no text holds it: --accept {refused[0]!r}"
+        )
+    template = ChatTemplate.open(checkpoint.folder)
+    if template is not None:
+        template.render([{"role": "user", "content": "Hello"}])
+    return TextFiles(tokenizer, template)
