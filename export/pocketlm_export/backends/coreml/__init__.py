@@ -1,0 +1,67 @@
+"""Core ML: an ML Program package for iOS 18 and macOS 15, for the GPU: stateful cache, per-block int4 constants.
+
+``emit`` builds the program, ``layout`` says what its constants hold, ``writer`` streams them into the package, ``read``
+reads a written package back without either.
+"""
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+
+from pocketlm.errors import UnsupportedError
+from pocketlm_export.backends.base import Artifact, Lowering
+from pocketlm_export.graph.graph import Activation, Attention, Graph, LastPositions, RmsNorm
+from pocketlm_export.quantization.schemes import SchemeRow
+
+__all__ = ["check", "libraries", "write"]
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid")
+LARGEST_EPSILON = 2.0**-5  # sqrt(epsilon) / 2^-10 squared, which the norm computes, must stay below 65504
+
+
+def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
+    """Raises :class:`UnsupportedError` for caches of several shapes, an epsilon that fp16 can't hold, an unknown
+    activation, cuts of several rows and scheme rows other than int4 and int8."""
+    shapes = {(node.kv_heads, node.head_dim) for node in graph.attentions}
+    if len(shapes) != 1:
+        raise UnsupportedError(
+            f"coreml: layers with different (kv_heads, head_dim): {sorted(shapes)}; one is supported"
+        )
+    for node in graph:
+        match node:
+            case RmsNorm():
+                _check_epsilon(node.output.name, node.epsilon)
+            case Attention():
+                if node.query_norm is not None or node.key_norm is not None:
+                    _check_epsilon(node.output.name, node.norm_epsilon)
+            case Activation(kind=kind) if kind not in ACTIVATIONS:
+                raise UnsupportedError(f"coreml: activation {kind!r}; supported: {', '.join(ACTIVATIONS)}")
+            case LastPositions(rows=count) if count != 1:
+                raise UnsupportedError(f"coreml: {node.output.name} keeps the last {count} positions; 1 is supported")
+            case _:
+                pass
+    for name, row in rows.items():
+        if row is not None and row.bits not in (4, 8):
+            raise UnsupportedError(f"coreml: {name}: {row.bits}-bit scheme row {row.name!r}; supported: int4, int8")
+
+
+def write(lowering: Lowering, folder: Path) -> Artifact:
+    """Write ``model.mlpackage`` into ``folder``.
+
+    Raises :class:`UnsupportedError` naming tensor and index of a weight beyond fp16's range.
+    """
+    from pocketlm_export.backends.coreml.writer import write_package
+
+    return write_package(lowering, folder / "model.mlpackage")
+
+
+def libraries() -> Mapping[str, str]:
+    """coremltools, whose builder made the program."""
+    return {"coremltools": importlib.metadata.version("coremltools")}
+
+
+def _check_epsilon(name: str, epsilon: float) -> None:
+    if not 0 < epsilon <= LARGEST_EPSILON:
+        raise UnsupportedError(
+            f"coreml: {name}: a norm's epsilon of {epsilon}; supported: above 0, at most {LARGEST_EPSILON}"
+        )

@@ -1,0 +1,51 @@
+"""Core ML packages off a Mac: a session over the reference interpreter.
+
+It rounds to fp16 after every operator, as the package declares, and is neither Core ML nor fast: its answers show what
+the package says, its speed means nothing.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketlm.manifest import Manifest
+from pocketlm.runtimes.coreml_interpreter import Interpreter, PrecisionName
+from pocketlm.session import Session
+
+__all__ = ["CoreMLSession", "open_session"]
+
+
+class CoreMLSession(Session):
+    """A session over ``*.mlpackage`` with the functions prefill, decode and score. ``description`` says what computes.
+
+    ``threads`` has no effect: numpy's own threads do the products.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, precision: PrecisionName = "float16") -> None:
+        target = manifest.targets["coreml"]
+        super().__init__(
+            runtime="coreml",
+            context_length=manifest.model.context_length,
+            vocabulary_size=manifest.model.vocabulary_size,
+            longest_call=target.longest_call,
+            rows=target.rows,
+        )
+        rounding = "float16 rounding" if precision == "float16" else precision
+        self.description = f"Core ML reference interpreter, {rounding}"
+        self._interpreter = Interpreter(path, precision)
+        self._state = self._interpreter.make_state()
+
+    def _run(self, tokens: npt.NDArray[np.int64], position: int, rows: int) -> npt.NDArray[np.float32]:
+        function = "score" if rows > 1 else "decode" if tokens.size == 1 else "prefill"
+        inputs = {"input_ids": tokens[None].astype(np.int32), "position": np.array([position], np.int32)}
+        logits = self._interpreter.predict(inputs, self._state, function)["logits"][0]
+        return logits[len(logits) - rows :].astype(np.float32)
+
+    def _close(self) -> None:
+        self._state = {}
+
+
+def open_session(path: Path, manifest: Manifest, threads: int | None) -> CoreMLSession:  # noqa: ARG001
+    """A fresh session over the package at ``path``; every process has the reference interpreter, a Mac too."""
+    return CoreMLSession(path, manifest)
