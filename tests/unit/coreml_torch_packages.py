@@ -25,6 +25,7 @@ from torch import Tensor, nn  # noqa: E402
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, CONTEXT = 2, 64, 4, 2, 16, 96, 32
 EPSILON = 2.0**-16  # exact in fp16
 CALLS = (7, 2, 3)
+EXAMPLE = (torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, 5))
 
 
 class Norm(nn.Module):
@@ -89,75 +90,124 @@ class Decoder(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
 
+class LayerNormDecoder(nn.Module):
+    """The other family of parts: LayerNorm, learned positions, fused projections, gelu, a soft cap on the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH, eps=EPSILON) for _ in range(2))
+        self.fused, self.output = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 128), nn.Linear(128, WIDTH)
+        self.register_buffer("causal", torch.tril(torch.ones(CONTEXT, CONTEXT)).bool(), persistent=False)
+        self.register_buffer("k_cache", torch.zeros(1, HEADS, CONTEXT, HEAD_DIM))
+        self.register_buffer("v_cache", torch.zeros(1, HEADS, CONTEXT, HEAD_DIM))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count, end = ids.shape[1], mask.shape[-1]
+        begin = end - count
+        positions = torch.arange(CONTEXT)[begin:end]
+        x = self.embedding(ids) + self.positions(positions)
+        parts = self.fused(self.norms[0](x)).split(WIDTH, 2)
+        q, k, v = (part.view(1, count, HEADS, HEAD_DIM).transpose(1, 2) for part in parts)
+        self.k_cache[:, :, begin:end] = k
+        self.v_cache[:, :, begin:end] = v
+        scores = q @ self.k_cache.transpose(-1, -2) / HEAD_DIM**0.5
+        weights = torch.softmax(torch.where(self.causal[positions], scores, torch.tensor(-30000.0)), -1)
+        x = x + self.output((weights @ self.v_cache).transpose(1, 2).reshape(1, count, WIDTH))
+        x = x + self.down(F.gelu(self.up(self.norms[1](x)), approximate="tanh"))
+        logits = 32 * torch.tanh(F.linear(x, self.embedding.weight) / 32)
+        return logits, logits.argmax(-1), torch.topk(logits, 3).values
+
+
 class InfiniteMask(nn.Module):
     def forward(self, scores: Tensor, hidden: Tensor) -> Tensor:
         return torch.softmax(scores.masked_fill(hidden > 0, float("-inf")), -1)
+
+
+TARGET = {"minimum_deployment_target": ct.target.iOS18, "skip_model_load": True}
 
 
 def main(folder: Path) -> None:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
-    decoder = Decoder().eval()
-    for parameter in decoder.parameters():
-        parameter.copy_(parameter.half().float())
-    ids, mask = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, 5)
-    target = {"minimum_deployment_target": ct.target.iOS18, "skip_model_load": True}
-    cache_type = ct.TensorType(shape=decoder.k_cache.shape, dtype=np.float16)
-    states = [ct.StateType(wrapped_type=cache_type, name=name) for name in ("k_cache", "v_cache")]
-    length = ct.RangeDim(1, CONTEXT, default=1)
-    traced = ct.convert(
-        torch.jit.trace(decoder, (ids, mask)),
-        inputs=[
-            ct.TensorType(name="ids", shape=(1, length), dtype=np.int32),
-            ct.TensorType(name="mask", shape=(1, 1, length, ct.RangeDim(1, CONTEXT, default=1)), dtype=np.float16),
-        ],
-        outputs=[ct.TensorType(name="logits")],
-        states=states,
-        **target,
-    )
+    decoder, other = halved(Decoder()), halved(LayerNormDecoder())
+    traced = convert_traced(decoder, ("logits",))
     traced.save(str(folder / "traced.mlpackage"))
     compress(traced, folder)
+    convert_exported(decoder).save(str(folder / "exported.mlpackage"))
+    convert_traced(other, ("logits", "best", "top")).save(str(folder / "layer_norm.mlpackage"))
+    tokens = torch.randint(0, VOCABULARY, (1, sum(CALLS)), generator=torch.Generator().manual_seed(1))
+    for name, module in (("decoder", decoder), ("layer_norm", other)):
+        np.savez(folder / f"{name}.npz", **run(module, tokens))
 
-    decoder.k_cache.zero_()
-    decoder.v_cache.zero_()
+    ct.convert(
+        torch.jit.trace(nn.Conv1d(4, 4, 3).eval(), torch.zeros(1, 4, 8)),
+        inputs=[ct.TensorType(name="x", shape=(1, 4, 8))],
+        **TARGET,
+    ).save(str(folder / "convolution.mlpackage"))
+    ct.convert(
+        torch.jit.trace(InfiniteMask(), (torch.zeros(2, 8), torch.zeros(2, 8))),
+        inputs=[ct.TensorType(name=name, shape=(2, 8)) for name in ("scores", "hidden")],
+        outputs=[ct.TensorType(name="weights")],
+        **TARGET,
+    ).save(str(folder / "infinite_mask.mlpackage"))
+
+
+def halved(module: nn.Module) -> nn.Module:
+    """With parameters that fp16 holds exactly, so that the package's weights are the module's."""
+    for parameter in module.parameters():
+        parameter.copy_(parameter.half().float())
+    return module.eval()
+
+
+def empty_states(module: nn.Module) -> list[ct.StateType]:
+    module.k_cache.zero_()
+    module.v_cache.zero_()
+    cache = ct.TensorType(shape=module.k_cache.shape, dtype=np.float16)
+    return [ct.StateType(wrapped_type=cache, name=name) for name in ("k_cache", "v_cache")]
+
+
+def convert_traced(module: nn.Module, outputs: tuple[str, ...]) -> ct.models.MLModel:
+    length, width = ct.RangeDim(1, CONTEXT, default=1), ct.RangeDim(1, CONTEXT, default=1)
+    return ct.convert(
+        torch.jit.trace(module, EXAMPLE, check_trace=False),
+        inputs=[
+            ct.TensorType(name="ids", shape=(1, length), dtype=np.int32),
+            ct.TensorType(name="mask", shape=(1, 1, length, width), dtype=np.float16),
+        ],
+        outputs=[ct.TensorType(name=name) for name in outputs],
+        states=empty_states(module),
+        **TARGET,
+    )
+
+
+def convert_exported(module: nn.Module) -> ct.models.MLModel:
+    states = empty_states(module)
     count, end = torch.export.Dim("count", min=2, max=CONTEXT - 1), torch.export.Dim("end", min=2, max=CONTEXT - 1)
     program = torch.export.export(
-        decoder, (ids, mask), dynamic_shapes={"ids": {1: count}, "mask": {2: count, 3: end}}, strict=False
+        module, EXAMPLE, dynamic_shapes={"ids": {1: count}, "mask": {2: count, 3: end}}, strict=False
     )
-    exported = ct.convert(
-        program.run_decompositions({}), states=states, outputs=[ct.TensorType(name="logits")], **target
-    )
-    exported.save(str(folder / "exported.mlpackage"))
+    outputs = [ct.TensorType(name="logits")]
+    return ct.convert(program.run_decompositions({}), states=states, outputs=outputs, **TARGET)
 
-    decoder.k_cache.zero_()
-    decoder.v_cache.zero_()
-    tokens = torch.randint(0, VOCABULARY, (1, sum(CALLS)), generator=torch.Generator().manual_seed(1))
+
+def run(module: nn.Module, tokens: Tensor) -> dict[str, np.ndarray]:
+    empty_states(module)
     logits, position = [], 0
     for count in CALLS:
         queries = torch.arange(position, position + count)[:, None]
         mask = torch.where(torch.arange(position + count)[None] <= queries, 0.0, -30000.0)[None, None]
-        logits.append(decoder(tokens[:, position : position + count], mask))
+        result = module(tokens[:, position : position + count], mask)
+        logits.append(result[0] if isinstance(result, tuple) else result)
         position += count
-    np.savez(
-        folder / "expected.npz",
-        tokens=tokens.numpy().astype(np.int32),
-        logits=torch.cat(logits, 1).numpy(),
-        k_cache=decoder.k_cache.numpy(),
-        v_cache=decoder.v_cache.numpy(),
-    )
-
-    convolution = nn.Conv1d(4, 4, 3).eval()
-    ct.convert(
-        torch.jit.trace(convolution, torch.zeros(1, 4, 8)), inputs=[ct.TensorType(name="x", shape=(1, 4, 8))], **target
-    ).save(str(folder / "convolution.mlpackage"))
-    shape = ct.TensorType(name="scores", shape=(2, 8)), ct.TensorType(name="hidden", shape=(2, 8))
-    ct.convert(
-        torch.jit.trace(InfiniteMask(), (torch.zeros(2, 8), torch.zeros(2, 8))),
-        inputs=list(shape),
-        outputs=[ct.TensorType(name="weights")],
-        **target,
-    ).save(str(folder / "infinite_mask.mlpackage"))
+    return {
+        "tokens": tokens.numpy().astype(np.int32),
+        "logits": torch.cat(logits, 1).numpy(),
+        "k_cache": module.k_cache.numpy(),
+        "v_cache": module.v_cache.numpy(),
+    }
 
 
 def compress(model: ct.models.MLModel, folder: Path) -> None:

@@ -30,7 +30,7 @@ def torch_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(torch_packages: Path) -> dict[str, np.ndarray]:
-    return dict(np.load(torch_packages / "expected.npz"))
+    return dict(np.load(torch_packages / "decoder.npz"))
 
 
 def decode(interpreter: Interpreter, tokens: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -58,6 +58,19 @@ def test_stateful_decoder_of_the_torch_frontend(
     for name in ("k_cache", "v_cache"):
         assert np.abs(held[name] - expected[name]).max() <= bound * expected[name].std()
     assert interpreter.largest_magnitude >= np.abs(expected["logits"]).max() * (1 - bound)
+
+
+def test_layer_norm_decoder_of_the_torch_frontend(torch_packages: Path) -> None:
+    expected = dict(np.load(torch_packages / "layer_norm.npz"))
+    for precision, bound in (("float32", 1e-5), ("float16", 1e-2)):
+        interpreter = Interpreter(torch_packages / "layer_norm.mlpackage", precision)  # type: ignore[arg-type]
+        logits, held = decode(interpreter, expected["tokens"])
+        assert np.abs(logits - expected["logits"]).max() <= bound * expected["logits"].std()
+        assert np.abs(held["v_cache"] - expected["v_cache"]).max() <= bound * expected["v_cache"].std()
+        first = {"ids": expected["tokens"][:, :5], "mask": np.zeros((1, 1, 5, 5), np.float32)}
+        results = interpreter.predict(first, interpreter.make_state())
+        assert np.array_equal(results["best"], results["logits"].argmax(-1))
+        assert np.array_equal(results["top"], -np.sort(-results["logits"])[..., :3])
 
 
 @pytest.mark.parametrize("package", COMPRESSED)

@@ -170,15 +170,13 @@ class Interpreter:
     ) -> tuple[Array, ...]:
         row = OPERATORS[operation.type]
         arguments: dict[str, Any] = {}
-        for parameter, names in operation.inputs.items():
-            stored = parameter in row.takes_stored
-            given = tuple(self._argument(program, name, values, stored=stored) for name in names)
-            arguments[parameter] = given if parameter == "values" else given[0]
-        function = row.function
-        if operation.state is not None and arguments["x"] is state.get(operation.state):
-            function = write_slice
         try:
-            result = function(**arguments)
+            for parameter, names in operation.inputs.items():
+                stored = parameter in row.takes_stored
+                given = tuple(self._argument(program, name, values, stored=stored) for name in names)
+                arguments[parameter] = given if parameter == "values" else given[0]
+            in_place = operation.state is not None and arguments["x"] is state[operation.state]
+            result = (write_slice if in_place else row.function)(**arguments)
         except _EXECUTION_ERRORS as error:
             raise BundleError(f"{operation.where}: {error or type(error).__name__}") from error
         return tuple(np.asarray(part) for part in result) if isinstance(result, tuple) else (np.asarray(result),)

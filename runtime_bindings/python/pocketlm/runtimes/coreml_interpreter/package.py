@@ -19,9 +19,20 @@ from pocketlm.errors import BundleError, UnsupportedError
 
 from .protobuf import element_type_names, parse_model
 
-__all__ = ["ELEMENT_TYPES", "MAXIMUM_ELEMENTS", "ElementType", "Package", "element_type_name", "unpack_bits"]
+__all__ = [
+    "ELEMENT_TYPES",
+    "MAXIMUM_ELEMENTS",
+    "MAXIMUM_RANK",
+    "ElementType",
+    "Package",
+    "element_type_name",
+    "unpack_bits",
+]
 
 MAXIMUM_ELEMENTS = 1 << 30  # of one tensor: above it a file is taken for malformed
+MAXIMUM_RANK = 32
+_MAXIMUM_MODEL_BYTES = (1 << 31) - 1  # protobuf's own limit
+_MAXIMUM_MANIFEST_BYTES = 1 << 20
 
 _BLOB_RECORD = struct.Struct("<IIQQQ")
 _BLOB_RECORD_BYTES = 64
@@ -89,6 +100,13 @@ def unpack_bits(data: NDArray[np.uint8], count: int, element: ElementType) -> ND
     return codes.reshape(-1)[:count]
 
 
+def _read(path: Path, limit: int) -> bytes:
+    size = path.stat().st_size
+    if size > limit:
+        raise BundleError(f"{path}: {size} bytes, more than {limit}")
+    return path.read_bytes()
+
+
 class Package:
     """One opened ``.mlpackage``. ``model`` is the parsed message, ``model_file`` where it lies.
 
@@ -102,7 +120,7 @@ class Package:
         self._root = path.resolve()
         self.model_file = self._model_path()
         try:
-            self.model = parse_model(self.model_file.read_bytes())
+            self.model = parse_model(_read(self.model_file, _MAXIMUM_MODEL_BYTES))
         except ValueError as error:
             raise BundleError(f"{self.model_file}: not a Core ML model message ({error})") from error
         if self.model.WhichOneof("Type") != "mlProgram":
@@ -140,7 +158,7 @@ class Package:
     def _model_path(self) -> Path:
         manifest = self._inside(PurePosixPath("Manifest.json"), f"{self.path}")
         try:
-            content = json.loads(manifest.read_bytes())
+            content = json.loads(_read(manifest, _MAXIMUM_MANIFEST_BYTES))
             root = content["rootModelIdentifier"]
             item = content["itemInfoEntries"][root]["path"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:

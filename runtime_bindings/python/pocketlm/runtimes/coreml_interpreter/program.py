@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pocketlm.errors import BundleError, UnsupportedError
 
 from .operators import OPERATORS
-from .package import ELEMENT_TYPES, MAXIMUM_ELEMENTS, Package, element_type_name
+from .package import ELEMENT_TYPES, MAXIMUM_ELEMENTS, MAXIMUM_RANK, Package, element_type_name
 from .tensors import BlockwiseShiftScale, LookupTable, PackedTensor, StoredTensor
 
 __all__ = ["Function", "Operation", "TensorType", "read_function"]
@@ -235,8 +235,9 @@ class _Reader:
             if not fixed and dimension.unknown.variadic:
                 raise UnsupportedError(f"{where}: a tensor of unknown rank is not supported")
             sizes.append(int(dimension.constant.size) if fixed else None)
-        if math.prod(size for size in sizes if size is not None) > MAXIMUM_ELEMENTS:
-            raise BundleError(f"{where}: a tensor of shape {sizes}")
+        known = [size for size in sizes if size is not None]
+        if math.prod(known) > MAXIMUM_ELEMENTS or max(known, default=0) > MAXIMUM_ELEMENTS or len(sizes) > MAXIMUM_RANK:
+            raise BundleError(f"{where}: a tensor of shape {str(sizes)[:200]}")
         return TensorType(element, tuple(sizes))
 
     def _define(self, name: str, where: str) -> None:

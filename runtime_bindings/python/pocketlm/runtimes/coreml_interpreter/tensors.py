@@ -28,6 +28,7 @@ __all__ = [
 
 PrecisionName = Literal["float16", "float32", "float64"]
 _BLOCK_ELEMENTS = 1 << 21  # decoded at a time: 8 MB of float32
+_SMALL_ELEMENTS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class LookupTable(StoredTensor):
 
 
 class WeightCache:
-    """Decoded tensors, at most ``capacity`` bytes of them.
+    """Decoded tensors, at most ``capacity`` bytes of them, small ones aside.
 
     What is full stays: a program walks over its weights in the same order at each step, and evicting the oldest would
     evict each one just before its turn.
@@ -195,7 +196,9 @@ class WeightCache:
         return self._held.get(tensor.identity)
 
     def has_room(self, tensor: StoredTensor, precision: Precision) -> bool:
-        return math.prod(tensor.shape) * precision.held_dtype(tensor.element).itemsize <= self._room
+        """Always for small ones: decoding them at each use would cost more than they take."""
+        elements = math.prod(tensor.shape)
+        return elements <= _SMALL_ELEMENTS or elements * precision.held_dtype(tensor.element).itemsize <= self._room
 
     def put(self, tensor: StoredTensor, value: NDArray[Any]) -> None:
         value.flags.writeable = False
