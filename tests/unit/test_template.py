@@ -101,6 +101,12 @@ ENDLESS = {
     "replace": "{% set x = 'a' * 99999 %}{{ x.replace('a', x).replace('a', x) }}",
     "the filter replace": "{% set x = 'a' * 99999 %}{{ x|replace('a', x)|replace('a', x) }}",
     "join": "{{ ('a' * 999999).join(['b'] * 99999) }}",
+    "replace by keywords": "{% set x = 'a' * 99999 %}{{ (x|replace(new=x, old='a'))|replace(new=x, old='a') }}",
+    "round": "{{ 1.5|round(10000000000, 'ceil') }}",
+    "bytes": "{% set x = ('a' * 999999).encode() %}{{ x * 999999 }}",
+    "bytes of a number": "{{ (1).to_bytes(10000000000, 'big') }}",
+    "a sum of texts": "{{ ['a']|sum(start='') }}",
+    "pprint": "{{ ([0] * 999999)|pprint }}",
     "the filter join": "{{ range(99999)|join('a' * 999999) }}",
     "indent": "{{ ('\n' * 99999)|indent(99999) }}",
     "tojson": "{{ [[1]]|tojson(indent=100000000) }}",
@@ -132,7 +138,7 @@ SLOW = {
 
 @pytest.mark.parametrize("text", SLOW.values(), ids=SLOW)
 def test_a_template_that_takes_too_long_is_stopped(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pocketlm.sandbox.SECONDS", 0.2)
+    monkeypatch.setattr("pocketlm.template_budget.SECONDS", 0.2)
     with pytest.raises(TemplateError, match=r"does not end|too large"):
         template(text).render(USER)
 
@@ -173,6 +179,12 @@ def test_a_long_conversation_is_within_the_bounds() -> None:
     assert (
         len(template("{{ messages[0].content }}").render([{"role": "user", "content": "y" * 4_000_000}])) == 4_000_000
     )
+
+
+def test_large_numbers_are_no_widths() -> None:
+    text = "{{ '%d' % t }} {{ '%s'|format(t) }} {{ '{}'.format(t) }} {{ t|string }} {{ (t / 7)|round(2) }} {{ t * t }}"
+    rendered = template(text).render(USER, arguments={"t": 1700000000})
+    assert rendered == f"1700000000 1700000000 1700000000 1700000000 242857142.86 {1700000000**2}"
 
 
 def test_the_refusal_of_the_template_is_told() -> None:

@@ -2,15 +2,11 @@
 
 A template comes with a model and is code of a stranger. jinja2's sandbox keeps it from Python's internals, but not from
 nested loops, doubling strings or lists that hold a list twice. Here every step and every value that a template makes is
-paid from one :class:`Budget`, before it is made wherever it could be large.
+paid from the budget of its rendering, before it is made wherever it could be large.
 """
 
 import json
-import re
-import time
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -24,47 +20,23 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context, pass_environment
 from jinja2.visitor import NodeTransformer
 
-__all__ = ["Budget", "TemplateEnvironment", "spending"]
+from pocketlm.template_budget import (
+    ELEMENT,
+    LARGEST_NUMBER_BITS,
+    LARGEST_VALUE,
+    formatted_size,
+    joined_size,
+    magnitude,
+    pay,
+    text_size,
+    weigh,
+)
 
-LARGEST_VALUE = 16 << 20
-WORK = 256 << 20
-SECONDS = 5.0
+__all__ = ["TemplateEnvironment"]
+
 _STEP = 64
-_ELEMENT = 8
-_LARGEST_NUMBER_BITS = 4096
 _LARGEST_INDENT = 16
 _PRETTY_COST = 64
-
-
-class Budget:
-    """What one rendering may still do; a unit is about a character or an element."""
-
-    def __init__(self) -> None:
-        self._left = WORK
-        self._deadline = time.monotonic() + SECONDS
-
-    def spend(self, amount: int) -> None:
-        """Pay for a value of this size; raises where it is too large, or nothing or no time is left."""
-        if amount > LARGEST_VALUE:
-            raise TemplateRuntimeError(f"a value of {amount:,} characters or elements is too large")
-        self._left -= amount
-        if self._left < 0:
-            raise TemplateRuntimeError("it does not end: too many steps or too much text")
-        if time.monotonic() > self._deadline:
-            raise TemplateRuntimeError(f"it does not end: more than {SECONDS:g} seconds")
-
-
-_current: ContextVar[Budget] = ContextVar("budget")
-
-
-@contextmanager
-def spending(budget: Budget) -> Iterator[None]:
-    """Compile and render within ``budget``."""
-    token = _current.set(budget)
-    try:
-        yield
-    finally:
-        _current.reset(token)
 
 
 class TemplateNamespace(Namespace):
@@ -79,7 +51,7 @@ class TemplateNamespace(Namespace):
     def __setitem__(self, name: str, value: object) -> None:
         if name.startswith("_"):
             raise SecurityError(f"a namespace can't hold the underscored name {name!r}")
-        _weigh(value)
+        weigh(value)
         super().__setitem__(name, value)
 
 
@@ -161,7 +133,7 @@ def _payment(amount: int) -> nodes.Filter:
 
 @pass_context  # keeps jinja2 from calling it once, when it compiles
 def _paid_step(_: Context, amount: int) -> bool:
-    _current.get().spend(amount)
+    pay(amount)
     return True
 
 
@@ -172,95 +144,25 @@ def _weighed_value(_: Context, value: object) -> object:
 
 @pass_context
 def _weighed_text(_: Context, parts: list[object]) -> str:
-    _weigh(parts)
+    weigh(parts)
     return str(_paid("".join(map(str, parts))))
 
 
 def _paid(value: object) -> object:
     """The value, paid for by what was newly made, and refused if it would be too large when written out."""
     if not isinstance(value, TemplateNamespace):
-        _weigh(value)
+        weigh(value)
         elements = len(value) if isinstance(value, list | tuple | dict | set) else 0
-        _current.get().spend(len(value) if isinstance(value, str) else 1 + _ELEMENT * elements)
+        pay(len(value) if isinstance(value, str) else 1 + ELEMENT * elements)
     return value
 
 
 def _finalize(value: object) -> str:
     """The text of an output, paid for."""
-    _weigh(value)
+    weigh(value)
     text = str(value)
-    _current.get().spend(len(text))
+    pay(len(text))
     return text
-
-
-def _weigh(value: object) -> int:
-    """Characters and elements of a value as if it were written out; parts that occur twice count twice."""
-    if type(value) is str:
-        return len(value)
-    total = 0
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        total += _ELEMENT
-        if isinstance(item, str):
-            total += len(item)
-        elif isinstance(item, Mapping):
-            pending.extend(item.keys())
-            pending.extend(item.values())
-        elif isinstance(item, list | tuple | set | frozenset | KeysView | ValuesView | ItemsView):
-            pending.extend(item)
-        elif isinstance(item, int):
-            total += item.bit_length() // 8
-        elif isinstance(item, Namespace):
-            raise SecurityError("a namespace can't be part of another value")
-        if total > LARGEST_VALUE:
-            raise TemplateRuntimeError(f"a value of more than {LARGEST_VALUE:,} characters or elements is too large")
-    return total
-
-
-def _magnitude(values: Iterable[object]) -> int:
-    """The largest whole number among the values and in their parts."""
-    largest = 0
-    pending = list(values)
-    while pending:
-        item = pending.pop()
-        if isinstance(item, int):
-            largest = max(largest, abs(item))
-        elif isinstance(item, Mapping):
-            pending.extend(item.values())
-        elif isinstance(item, list | tuple):
-            pending.extend(item)
-    return largest
-
-
-def _formatted_size(text: str, mark: str, arguments: object) -> int:
-    widths = sum(int(digits[:9]) for digits in re.findall(r"\d+", text))
-    each = _weigh(arguments) + _magnitude([arguments])
-    return len(text) + widths + text.count(mark) * each
-
-
-def _text_size(name: str, text: str, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> int:
-    """An upper bound of what a method or filter of text gives, for those that can make much out of little."""
-    given = (*arguments, *keywords.values())
-    if name == "replace" and len(given) >= 2:
-        return len(text) + text.count(str(given[0])) * len(str(given[1]))
-    if name == "translate":
-        return len(text) * (1 + max((len(str(new)) for table in given for new in dict(table).values()), default=0))
-    if name in {"format", "format_map"}:
-        return _formatted_size(text, "{", given)
-    if name in {"center", "ljust", "rjust", "zfill", "truncate", "batch", "slice"}:
-        return len(text) + _magnitude(given)
-    if name == "expandtabs":
-        return len(text) + text.count("\t") * max(8, _magnitude(given))
-    if name == "indent":
-        return len(text) + (1 + text.count("\n")) * max(4, _magnitude(given), *(len(str(value)) for value in given))
-    if name in {"wordwrap", "urlize", "xmlattr"}:
-        return len(text) * (1 + _weigh(given))
-    return 0
-
-
-def _joined_size(separator: str, items: list[Any]) -> int:
-    return _weigh(items) + len(separator) * len(items)
 
 
 def _join_arguments(
@@ -278,18 +180,17 @@ def _metered_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
     @wraps(function)
     def metered(*args: Any, **kwargs: Any) -> Any:
-        budget = _current.get()
         before, value, rest = args[:leading], args[leading], args[leading + 1 :]
         if name == "join":
             value, rest = _join_arguments(before[0].environment, value, *rest, **kwargs)
             kwargs = {}
-            budget.spend(_joined_size(str(rest[0]), value))
+            pay(joined_size(str(rest[0]), value))
         elif name == "format" and isinstance(value, str):
-            budget.spend(_formatted_size(value, "%", (*rest, kwargs)))
+            pay(formatted_size(value, "%", (*rest, kwargs)))
         elif name == "pprint":
-            budget.spend(_PRETTY_COST * _weigh(value))
+            pay(_PRETTY_COST * weigh(value))
         else:
-            budget.spend(_STEP + _text_size(name, value if isinstance(value, str) else "", rest, kwargs))
+            pay(_STEP + text_size(name, value if isinstance(value, str) else "", rest, kwargs))
         return _paid(function(*before, value, *rest, **kwargs))
 
     return metered
@@ -304,7 +205,7 @@ def _sum(environment: Environment, values: Iterable[Any], attribute: str | int |
     read = make_attrgetter(environment, attribute) if attribute is not None else None
     for value in values:
         total = total + (read(value) if read else value)
-        _current.get().spend(_ELEMENT * (len(total) if isinstance(total, list | tuple) else 1))
+        pay(ELEMENT * (len(total) if isinstance(total, list | tuple) else 1))
     return total
 
 
@@ -316,12 +217,12 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """transformers' filter: plain JSON, no HTML escapes."""
-    if indent is not None and _magnitude([indent]) > _LARGEST_INDENT:
+    if indent is not None and magnitude([indent]) > _LARGEST_INDENT:
         raise TemplateRuntimeError(f"tojson: an indent of {indent} is too large")
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     pieces = []
     for piece in encoder.iterencode(value):
-        _current.get().spend(len(piece))
+        pay(len(piece))
         pieces.append(piece)
     return "".join(pieces)
 
@@ -358,35 +259,35 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """The operators that can make much out of little."""
-        budget = _current.get()
         numbers = isinstance(left, int) and isinstance(right, int)
         if operator == "+":
-            if _weigh(left) + _weigh(right) > LARGEST_VALUE:
+            if weigh(left) + weigh(right) > LARGEST_VALUE:
                 raise TemplateRuntimeError("the sum of two values is too large")
         elif operator == "%" and isinstance(left, str):
-            budget.spend(_formatted_size(left, "%", right))
+            pay(formatted_size(left, "%", right))
         elif operator == "**" and numbers:
-            if left.bit_length() * abs(right) > _LARGEST_NUMBER_BITS:
+            if left.bit_length() * abs(right) > LARGEST_NUMBER_BITS:
                 raise TemplateRuntimeError("a number is too large")
         elif operator == "*" and numbers:
-            if left.bit_length() + right.bit_length() > _LARGEST_NUMBER_BITS:
+            if left.bit_length() + right.bit_length() > LARGEST_NUMBER_BITS:
                 raise TemplateRuntimeError("a number is too large")
         elif operator == "*" and (isinstance(left, int) or isinstance(right, int)):
             count, value = (left, right) if isinstance(left, int) else (right, left)
-            budget.spend(_weigh(value) * max(count, 0))
+            pay(weigh(value) * max(count, 0))
         return _paid(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """A call in a template; methods of text are estimated first."""
-        budget = _current.get()
         method = getattr(__obj, "__wrapped__", __obj)
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str) and not isinstance(__obj, Macro):
             name = method.__name__
             if name == "join" and len(args) == 1:
                 args = ([*args[0]],)
-                budget.spend(_joined_size(owner, args[0]))
+                pay(joined_size(owner, args[0]))
             else:
-                budget.spend(_text_size(name, owner, args, kwargs))
-        budget.spend(_STEP)
+                pay(text_size(name, owner, args, kwargs))
+        elif isinstance(owner, int):
+            raise SecurityError(f"{method.__name__} of a number is not allowed")
+        pay(_STEP)
         return _paid(super().call(__context, __obj, *args, **kwargs))

@@ -9,7 +9,8 @@ from typing import Any, NoReturn, Self
 import jinja2
 
 from pocketlm.errors import BundleError, InputError, TemplateError
-from pocketlm.sandbox import Budget, TemplateEnvironment, spending
+from pocketlm.sandbox import TemplateEnvironment
+from pocketlm.template_budget import Budget, spending
 from pocketlm.tokenizer import read_special_tokens, read_tokenizer_config
 
 __all__ = ["ChatTemplate"]
