@@ -201,6 +201,15 @@ def bias(block: Any) -> Any:
     return named["projected_bias_0"].attributes["val"].type
 
 
+def sized(*sizes: int) -> Any:
+    """An fp16 tensor type of these sizes."""
+    tensor_type = parse_model(b"").mlProgram.functions["main"].inputs.add().type.tensorType
+    tensor_type.dataType, tensor_type.rank = FLOAT16, len(sizes)
+    for size in sizes:
+        tensor_type.dimensions.add().constant.size = size
+    return tensor_type
+
+
 def scale_more_rows(operations: dict[str, Any]) -> None:
     """Declares the scales [16, 1], where the data has eight rows."""
     declared = operations["constexpr_blockwise_shift_scale"].inputs["scale"].arguments[0].value.type.tensorType
@@ -248,6 +257,14 @@ EDITS: dict[str, tuple[Callable[[Any, dict[str, Any]], Any], str]] = {
         "a tensor of shape",
     ),
     "huge constant": (lambda block, _: grow(first_dimension(bias(block)), 1 << 40), "a tensor of shape"),
+    "empty constant of a huge size": (
+        lambda block, _: bias(block).tensorType.CopyFrom(sized(1 << 62, 0)),
+        "a tensor of shape",
+    ),
+    "constant of a hundred axes": (
+        lambda block, _: bias(block).tensorType.CopyFrom(sized(8, *[1] * 99)),
+        "a tensor of shape",
+    ),
     "constant larger than its bytes": (lambda block, _: grow(first_dimension(bias(block)), 1 << 20), "16 bytes for"),
     "constant without a value": (lambda _, ops: ops["const"].attributes.pop("val"), "const"),
     "constant declared otherwise": (

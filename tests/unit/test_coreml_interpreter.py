@@ -1,5 +1,6 @@
 """The Core ML reference interpreter on whole packages: ones that coremltools' own frontends wrote, and small ones."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,6 +148,26 @@ def test_overflow_names_operator_and_output(build: Callable, builder: Any) -> No
     assert interpreter.predict({"x": x})["norm"].tolist() == [3.0, 300.0]
     assert interpreter.largest_magnitude == 90000.0
     assert interpreter.magnitudes == {"squares": 90000.0, "norm": 300.0}
+
+
+def test_float64_is_float64_throughout(build: Callable, builder: Any) -> None:
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal((16, 8)).astype(np.float16), rng.standard_normal((3, 8))
+    gamma = rng.standard_normal(8).astype(np.float16)
+
+    def body(x: Any) -> list[Any]:
+        normed = builder.layer_norm(x=x, axes=[-1], gamma=gamma, beta=np.zeros(8, np.float16), epsilon=np.float16(0.5))
+        return [builder.softmax(x=builder.gelu(x=builder.linear(x=normed, weight=weight), mode="EXACT"), name="y")]
+
+    path = build({"x": tensor((3, 8), "fp16", "x")}, body)
+    got = Interpreter(path, "float64").predict({"x": x})["y"]
+    centred = x - x.mean(-1, keepdims=True)
+    hidden = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 0.5) * gamma.astype(np.float64)
+    hidden = hidden @ weight.astype(np.float64).T
+    hidden = hidden * np.vectorize(lambda value: (1 + math.erf(value / math.sqrt(2))) / 2)(hidden)
+    want = np.exp(hidden) / np.exp(hidden).sum(-1, keepdims=True)
+    assert got.dtype == np.float64
+    assert np.abs(got - want).max() <= 1e-14
 
 
 def test_not_a_number_is_refused(build: Callable, builder: Any) -> None:
