@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocketlm.manifest import SchemeName
 from pocketlm_export.options import ExportOptions
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ def export(
     output: str | os.PathLike[str],
     *,
     targets: Iterable[str] = _DEFAULTS.targets,
-    scheme: str = _DEFAULTS.scheme,
-    head: str = _DEFAULTS.head,
+    scheme: SchemeName = _DEFAULTS.scheme,
+    head: SchemeName = _DEFAULTS.head,
     context_length: int | None = None,
     accept: Iterable[str] = (),
     store: str | os.PathLike[str] | None = None,

@@ -15,6 +15,7 @@ from pocketlm_export.checkpoint.text import open_text
 from pocketlm_export.golden import write_golden
 from pocketlm_export.options import DEFAULT_CONTEXT, ExportOptions
 from pocketlm_export.quantization.schemes import assign_rows
+from pocketlm_export.quantization.store import LIMIT as STORE_LIMIT
 from pocketlm_export.quantization.store import WeightStore, default_store
 from pocketlm_export.quantization.weights import quantize
 
@@ -56,6 +57,7 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
         progress.stage("quantize", elements)
         store = WeightStore(options.store or default_store())
         weights = quantize(checkpoint.tensors, rows, store, progress.advance)
+        store.prune(STORE_LIMIT)
 
         lowering = Lowering(
             graph=graph,

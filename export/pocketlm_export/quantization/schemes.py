@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pocketlm.manifest import SchemeName
-from pocketlm_export.graph.graph import Graph, Linear, WeightInfo
+from pocketlm_export.graph.graph import Graph, Linear
 
-__all__ = ["HEADS", "SCHEMES", "SchemeRow", "assign_rows", "stored_bits"]
+__all__ = ["HEADS", "SCHEMES", "SchemeRow", "assign_rows", "fitting_row", "stored_bits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,15 @@ def assign_rows(graph: Graph, scheme: SchemeName, head: SchemeName) -> dict[str,
     for node in graph:
         if isinstance(node, Linear):
             for weight in node.weights:
-                rows[weight.name] = _fitting(SCHEMES[scheme], weight)
+                rows[weight.name] = fitting_row(SCHEMES[scheme], weight.shape)
     for table in (graph.head.weights[0], graph.embedding.weight):
-        rows[table.name] = _fitting(HEADS[head], table)
+        rows[table.name] = fitting_row(HEADS[head], table.shape)
     return rows
 
 
-def _fitting(row: SchemeRow | None, weight: WeightInfo) -> SchemeRow | None:
-    if row is not None and row.group is not None and weight.shape[1] % row.group:
+def fitting_row(row: SchemeRow | None, shape: tuple[int, ...]) -> SchemeRow | None:
+    """``row``, or int8 where its groups don't divide the columns."""
+    if row is not None and row.group is not None and shape[-1] % row.group:
         return INT8
     return row
 

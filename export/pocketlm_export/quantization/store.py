@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ from pocketlm_export.checkpoint.tensors import TensorFile, bfloat16_to_float32
 from pocketlm_export.quantization.rounding import pack_nibbles, quantize_rows, unpack_nibbles
 from pocketlm_export.quantization.schemes import SchemeRow
 
-__all__ = ["QuantizedTensor", "WeightStore", "default_store"]
+__all__ = ["LIMIT", "QuantizedTensor", "WeightStore", "default_store"]
 
 FORMAT = "1"  # of the entries; a change of the rounding is a change of the format
+LIMIT = 32 << 30  # bytes that an export leaves in the store
+ABANDONED_SECONDS = 24 * 3600  # after which an unfinished entry belongs to a process that was killed
 BLOCK_ELEMENTS = 1 << 19  # float32 temporaries of one block stay in the cache of a core
 
 
@@ -106,7 +109,13 @@ class WeightStore:
         return sum(path.stat().st_size for path in self.entries())
 
     def prune(self, limit: int = 0) -> int:
-        """Delete the entries least recently used until at most ``limit`` bytes stay; returns the bytes freed."""
+        """Delete the entries least recently used until at most ``limit`` bytes stay; returns the bytes freed.
+
+        What killed processes left unfinished goes too. A process that has an entry mapped keeps reading it.
+        """
+        for path in self.root.glob("*/.*"):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink(missing_ok=True)
         entries = sorted(((path.stat().st_mtime, path.stat().st_size, path) for path in self.entries()), reverse=True)
         kept = freed = 0
         for _, size, path in entries:

@@ -1,0 +1,73 @@
+"""``pocketlm export``: the main job."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocketlm.cli.console import Debug, Json, note, print_json, reported
+
+__all__ = ["EXAMPLE", "export"]
+
+EXAMPLE = "Example: pocketlm export ./SmolLM2-135M-Instruct -o smollm2.pocketlm --targets onnx,coreml --context 2048"
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, or org/name[@revision] on the hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.")],
+    targets: Annotated[
+        str | None, typer.Option(metavar="LIST", help="onnx, executorch, coreml, separated by commas; default: all.")
+    ] = None,
+    scheme: Annotated[str | None, typer.Option(metavar="NAME", help="int4 (default), int8 or fp32.")] = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Embedding and head: int8 (default) or int4.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="N", help="Positions; default: the smaller of the model's and 4096.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A TOML recipe of these options; the command line wins.")
+    ] = None,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A configuration key, tensor or token to ignore; repeatable."),
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The weight store; default: $XDG_CACHE_HOME/pocketlm.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the bundle at --output.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", hidden=True)] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Export a checkpoint to a bundle."""
+    with reported(debug):
+        from pocketlm.cli.description import describe_bundle, print_bundle
+        from pocketlm.cli.progress import export_progress
+        from pocketlm_export.options import ExportOptions, read_recipe
+        from pocketlm_export.pipeline import export_bundle
+
+        if no_verify:
+            note("--no-verify: this release does not verify, so there is nothing to skip")
+        options: dict[str, Any] = read_recipe(config) if config is not None else {}
+        given = {
+            "targets": tuple(name.strip() for name in targets.split(",")) if targets is not None else None,
+            "scheme": scheme,
+            "head": head,
+            "context": context,
+            "accept": tuple(accept) if accept else None,
+            "store": store,
+            "force": force or None,
+        }
+        options |= {name: value for name, value in given.items() if value is not None}
+        started = time.perf_counter()
+        with export_progress() as progress:
+            bundle = export_bundle(checkpoint, output, ExportOptions(**options), progress)
+        seconds = round(time.perf_counter() - started, 2)
+        description = describe_bundle(bundle)
+        if json:
+            print_json({**description, "seconds": seconds})
+        else:
+            print_bundle(description)
+            print(f"exported in {seconds:.1f} s; not verified: this release does not issue certificates")
