@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 import pocketlm
 from pocketlm.errors import ContextLengthError, InputError, PocketLMError, TemplateError, UnsupportedError
@@ -133,6 +135,30 @@ def test_a_stop_id_ends_without_text() -> None:
     assert joined(pieces) == "größer 🙂"
     assert (pieces[-1].token, pieces[-1].text, pieces[-1].finish_reason) == (*bundle.stop_ids, "", "stop")
     assert all(piece.finish_reason is None for piece in pieces[:-1])
+
+
+def test_a_stop_id_may_be_an_ordinary_token() -> None:
+    bundle = TinyBundle()
+    bundle.stop_ids = frozenset(bundle.tokenizer.encode("X", add_special_tokens=False))
+    assert joined(pocketlm.generate(bundle.saying("foxX", "a"), "a")) == "fox"
+
+
+def test_the_beginning_of_the_text_is_written_once() -> None:
+    backend = Backend.from_str(byte_level().to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    bundle = TinyBundle(tokenizer=Tokenizer(backend, {"bos_token": "<s>"}))
+    session = bundle.session()
+    for pieces, expected in (
+        (pocketlm.generate(session, "Hi", max_new_tokens=1), "<s>Hi"),
+        (
+            pocketlm.chat(session, [{"role": "user", "content": "Hi"}], max_new_tokens=1),
+            "<s><|user|>user: Hi<|assistant|>-",
+        ),
+    ):
+        joined(pieces)
+        assert bundle.tokenizer.decode(session.tokens, skip_special_tokens=False) == expected
 
 
 def test_special_tokens_that_do_not_stop_have_no_text() -> None:

@@ -50,6 +50,8 @@ def test_kept_tokens_and_probabilities_are_those_of_transformers(size: int) -> N
 
 
 def test_equal_logits_are_kept_as_transformers_keeps_them() -> None:
+    even = np.zeros(4, np.float32)
+    assert Sampler(Sampling(1.0, top_p=0.5)).distribution(even, [0])[0].tolist() == [2, 3]
     logits = np.repeat(np.array([3, 2, 1, 0], np.float32), 2)
     for options in (
         Sampling(1.0, top_k=3),

@@ -81,10 +81,7 @@ class _Metered(NodeTransformer):
     """Adds a payment to every loop round and macro call, and weighs what literals and ``~`` make."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 (named by jinja2)
-        self._pay_per_run(node)
-        if node.test is not None:
-            node.test = nodes.And(_payment(_STEP), node.test)
-        return node
+        return self._pay_per_run(node)
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
         return self._pay_per_run(node)
