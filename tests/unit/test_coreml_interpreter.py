@@ -150,6 +150,20 @@ def test_overflow_names_operator_and_output(build: Callable, builder: Any) -> No
     assert interpreter.magnitudes == {"squares": 90000.0, "norm": 300.0}
 
 
+def test_an_allowed_mask_does_not_hide_overflow(build: Callable, builder: Any) -> None:
+    mask = np.array([0, -np.inf, 0], np.float16)
+
+    def body(x: Any) -> list[Any]:
+        scores = builder.mul(x=x, y=x, name="scores")
+        return [builder.softmax(x=builder.add(x=scores, y=mask, name="masked"), name="weights")]
+
+    interpreter = Interpreter(build({"x": tensor((3,), "fp16", "x")}, body), allow_infinite_masks=True)
+    assert interpreter.predict({"x": np.ones(3, np.float32)})["weights"].tolist() == [0.5, 0.0, 0.5]
+    assert interpreter.magnitudes == {"scores": 1.0, "masked": 1.0, "weights": 0.5}
+    with pytest.raises(CheckError, match="'scores' holds infinity"):
+        interpreter.predict({"x": np.array([1, 300, 1], np.float32)})
+
+
 def test_float64_is_float64_throughout(build: Callable, builder: Any) -> None:
     rng = np.random.default_rng(0)
     weight, x = rng.standard_normal((16, 8)).astype(np.float16), rng.standard_normal((3, 8))
@@ -286,6 +300,10 @@ def test_calls_that_do_not_fit_are_refused(torch_packages: Path) -> None:
             interpreter.predict(inputs, interpreter.make_state())
     with pytest.raises(InputError, match="state 'k_cache' is missing"):
         interpreter.predict({"ids": ids, "mask": mask})
+    with pytest.raises(InputError, match="state 'k_cache' is read-only"):
+        held = interpreter.make_state()
+        held["k_cache"].flags.writeable = False
+        interpreter.predict({"ids": ids, "mask": mask}, held)
     with pytest.raises(InputError, match="state 'k_cache' is float64"):
         held = {name: value.astype(np.float64) for name, value in interpreter.make_state().items()}
         interpreter.predict({"ids": ids, "mask": mask}, held)

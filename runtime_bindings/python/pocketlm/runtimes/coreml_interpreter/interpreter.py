@@ -1,6 +1,5 @@
 """Executes the functions of a Core ML package on numpy."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -8,19 +7,17 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketlm.errors import BundleError, CheckError, InputError
+from pocketlm.errors import BundleError, InputError
 
-from .movement import write_slice
-from .operators import OPERATORS
+from .execution import Call, Settings
 from .package import ELEMENT_TYPES, Package
-from .program import Function, Operation, TensorType, read_function
-from .tensors import Precision, PrecisionName, WeightCache, WeightReader
+from .program import Function, TensorType, read_function
+from .tensors import Precision, PrecisionName, WeightCache
 
 __all__ = ["InputDescription", "Interpreter"]
 
 Array = NDArray[Any]
 _DEFAULT_CACHE_BYTES = 1 << 30
-_EXECUTION_ERRORS = (ArithmeticError, IndexError, KeyError, MemoryError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,7 @@ class Interpreter:
             raise InputError(f"precision {precision!r}; valid: {', '.join(get_args(PrecisionName))}")
         self._package = Package(Path(path))
         self._precision = Precision(precision)
-        self._cache = WeightCache(cache_bytes)
-        self._allow_infinite_masks = allow_infinite_masks
+        self._settings = Settings(self._precision, WeightCache(cache_bytes), allow_infinite_masks)
         names = sorted(self._package.model.mlProgram.functions)
         if not names:
             raise BundleError(f"{self._package.model_file}: no functions")
@@ -132,96 +128,7 @@ class Interpreter:
         program = self._functions[name]
         held_state = state if state is not None else {}
         self._check_state(program, held_state)
-        values: dict[str, Array] = self._held_inputs(name, inputs)
-        with np.errstate(all="ignore"):
-            for operation in program.operations:
-                self._execute(program, operation, values, held_state)
-                for finished in operation.last_uses:
-                    del values[finished]
-        return {output: np.array(self._argument(program, output, values, stored=False)) for output in program.outputs}
-
-    def _execute(
-        self, program: Function, operation: Operation, values: dict[str, Array], state: dict[str, Array]
-    ) -> None:
-        if operation.type == "read_state":
-            values[operation.outputs[0][0]] = state[str(operation.state)]
-        elif operation.type == "write_state":
-            self._write_state(program, operation, values, state)
-        else:
-            results = self._results(program, operation, values, state)
-            if len(results) != len(operation.outputs):
-                raise BundleError(f"{operation.where}: {len(operation.outputs)} outputs, where it gives {len(results)}")
-            computes = OPERATORS[operation.type].computes
-            for (name, declared), result in zip(operation.outputs, results, strict=True):
-                if not declared.accepts(result.shape):
-                    raise BundleError(
-                        f"{operation.where}: output {name!r} is {list(result.shape)}, declared {declared}"
-                    )
-                if computes:
-                    result = self._precision.hold(result, declared.element)
-                    if result.dtype.kind == "f":
-                        self._scan(program, operation, name, result, values)
-                elif result.dtype != self._precision.held_dtype(declared.element):
-                    raise BundleError(f"{operation.where}: output {name!r} is {result.dtype}, declared {declared}")
-                values[name] = result
-
-    def _results(
-        self, program: Function, operation: Operation, values: dict[str, Array], state: dict[str, Array]
-    ) -> tuple[Array, ...]:
-        row = OPERATORS[operation.type]
-        arguments: dict[str, Any] = {}
-        try:
-            for parameter, names in operation.inputs.items():
-                stored = parameter in row.takes_stored
-                given = tuple(self._argument(program, name, values, stored=stored) for name in names)
-                arguments[parameter] = given if parameter == "values" else given[0]
-            in_place = operation.state is not None and arguments["x"] is state[operation.state]
-            result = (write_slice if in_place else row.function)(**arguments)
-        except _EXECUTION_ERRORS as error:
-            raise BundleError(f"{operation.where}: {error or type(error).__name__}") from error
-        return tuple(np.asarray(part) for part in result) if isinstance(result, tuple) else (np.asarray(result),)
-
-    def _argument(self, program: Function, name: str, values: dict[str, Array], *, stored: bool) -> Any:
-        if name in values:
-            return values[name]
-        constant = program.constants[name]
-        if isinstance(constant, str):
-            return constant
-        reader = WeightReader(constant, self._precision, self._cache)
-        return reader if stored else reader.whole()
-
-    def _write_state(
-        self, program: Function, operation: Operation, values: dict[str, Array], state: dict[str, Array]
-    ) -> None:
-        name = str(operation.state)
-        data = self._argument(program, operation.inputs["data"][0], values, stored=False)
-        if not self._states[name].accepts(data.shape):
-            raise BundleError(f"{operation.where}: data of shape {list(data.shape)}, the state is {self._states[name]}")
-        if data is not state[name]:  # else written in place; a copy, because data may be a view of something else
-            state[name] = np.array(self._precision.hold(data, self._states[name].element))
-
-    def _scan(
-        self, program: Function, operation: Operation, name: str, result: Array, values: dict[str, Array]
-    ) -> None:
-        if not result.size:
-            return
-        largest = float(max(result.max(), -result.min()))
-        if not math.isfinite(largest):
-            if not (self._allow_infinite_masks and self._inherits_infinity(program, operation, result, values)):
-                what = "NaN" if np.isnan(result).any() else "infinity"
-                raise CheckError(f"{operation.where}: output {name!r} holds {what} ({self._precision.name})")
-            largest = float(np.abs(result, where=np.isfinite(result), out=np.zeros_like(result)).max())
-        self.magnitudes[name] = max(largest, self.magnitudes.get(name, 0.0))
-
-    def _inherits_infinity(
-        self, program: Function, operation: Operation, result: Array, values: dict[str, Array]
-    ) -> bool:
-        if np.isnan(result).any() or np.isposinf(result).any():
-            return False
-        given = [
-            self._argument(program, name, values, stored=False) for names in operation.inputs.values() for name in names
-        ]
-        return any(isinstance(value, np.ndarray) and bool(np.isneginf(value).any()) for value in given)
+        return Call(program, self._held_inputs(name, inputs), held_state, self._settings, self.magnitudes).run()
 
     def _held_inputs(self, function: str, inputs: dict[str, Array]) -> dict[str, Array]:
         expected = self._descriptions[function]
@@ -245,13 +152,15 @@ class Interpreter:
 
     def _is_acceptable(self, values: Array) -> bool:
         finite = np.isfinite(values)
-        return bool(np.all(finite | np.isneginf(values) if self._allow_infinite_masks else finite))
+        return bool(np.all(finite | np.isneginf(values) if self._settings.allow_infinite_masks else finite))
 
     def _check_state(self, program: Function, state: dict[str, Array]) -> None:
         for name, kind in program.states.items():
             if name not in state:
                 raise InputError(f"state {name!r} is missing; make_state() gives one")
             held = state[name]
+            if not held.flags.writeable:
+                raise InputError(f"state {name!r} is read-only")
             if not kind.accepts(held.shape) or held.dtype != self._precision.held_dtype(kind.element):
                 raise InputError(f"state {name!r} is {held.dtype} {list(held.shape)}, declared {kind}")
 

@@ -134,7 +134,7 @@ class Package:
         Raises BundleError where the record is out of bounds, has no sentinel, or disagrees with type or shape.
         """
         data = self._blob_file(file_name, where)
-        place = f"{where}: {file_name} offset {offset}"
+        place = f"{where}: {file_name!r} offset {offset}"
         if offset % _BLOB_RECORD_BYTES or offset + _BLOB_RECORD_BYTES > data.size:
             raise BundleError(f"{place}: no blob record there (file of {data.size} bytes, records at multiples of 64)")
         record = data[offset : offset + _BLOB_RECORD.size].tobytes()

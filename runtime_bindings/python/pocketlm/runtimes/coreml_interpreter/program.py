@@ -134,7 +134,9 @@ class _Reader:
         elif kind in OPERATORS:
             known, required = OPERATORS[kind].known, OPERATORS[kind].required
         else:
-            raise UnsupportedError(f"{where}: operator {kind} is not one that the interpreter knows")
+            raise UnsupportedError(
+                f"{where}: operator {kind if kind.isidentifier() else repr(kind)} is not one that the interpreter knows"
+            )
         self._check_parameters(set(message.inputs), set(required), set(known), where)
         unknown = set(message.attributes) - {"name"}
         if unknown:
@@ -253,7 +255,8 @@ class _Reader:
             raise BundleError(f"{where}: parameter {min(required - given)!r} is missing")
 
     def _where(self, kind: str, name: str) -> str:
-        return f"{self.package.model_file}: {self.function}: {kind} {name!r}"
+        function, kind = (text if text.isidentifier() else repr(text) for text in (self.function, kind))
+        return f"{self.package.model_file}: {function}: {kind} {name!r}"
 
 
 def _build_expression(kind: str, values: dict[str, StoredTensor], element: str) -> StoredTensor:
