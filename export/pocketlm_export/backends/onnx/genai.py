@@ -26,7 +26,7 @@ def genai_config(config: DecoderConfig, generation: Generation, context_length: 
         "context_length": context_length,
         "vocab_size": config.vocabulary_size,
         "pad_token_id": pad,
-        "eos_token_id": stop if stop else -1,
+        "eos_token_id": stop,
     }
     if generation.bos_id is not None:
         model["bos_token_id"] = generation.bos_id

@@ -15,11 +15,10 @@ __all__ = ["Models", "build", "entries", "runtime_floor"]
 
 OPSET = 23  # RMSNormalization; the norm that older runtimes have is no ONNX operator
 IR_VERSION = 10
-# The first release of ONNX Runtime whose CPU kernels take an operator as it is emitted, where it isn't any.
-FLOORS = {
-    "RMSNormalization": (1, 23, 2),  # 1.22.1 refuses the opset
-    "GatherBlockQuantized": (1, 23, 2),  # uint8 with bits
-}
+# The oldest release of ONNX Runtime that was seen to be right on everything else that is emitted: 1.22 refuses the
+# opset and uint8 GatherBlockQuantized.
+FLOOR = (1, 23, 2)
+WINDOW_FLOOR = (1, 24, 1)  # 1.23.2's GroupQueryAttention means another width by local_window_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +90,9 @@ def _model(emission: Emission, inputs: list[ir.Value], outputs: list[ir.Value]) 
 
 
 def runtime_floor(models: Models) -> str:
-    """The oldest onnxruntime that runs both models, as ``1.2.3``."""
-    operators = {node.op_type for model in (models.decoder, models.head) for node in model.graph}
-    return ".".join(map(str, max(FLOORS[operator] for operator in operators & FLOORS.keys())))
+    """The oldest onnxruntime that is right on what was emitted, as ``1.2.3``."""
+    windows = [node.attributes.get_int("local_window_size", -1) for node in models.decoder.graph]
+    return ".".join(map(str, WINDOW_FLOOR if any(window != -1 for window in windows) else FLOOR))
 
 
 def entries(graph: Graph, layout: Layout) -> dict[str, Entry]:

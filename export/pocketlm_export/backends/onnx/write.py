@@ -1,49 +1,53 @@
 """Streams the weights into ``model.onnx.data``, a block of rows at a time."""
 
 from collections.abc import Callable, Iterator
-from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketlm_export.backends.onnx.layout import Codes, Layout, Matrix, Region, Scales, Table, Vector
+from pocketlm_export.backends.onnx.layout import Codes, Content, Layout, Matrix, Region, Scales, Table, Vector
 from pocketlm_export.graph.rotary import rotary_tables
 from pocketlm_export.quantization.weights import Weights
 
 __all__ = ["write_data"]
 
 BLOCK_BYTES = 4 << 20
+RELEASE_BYTES = 64 << 20  # mapped pages count as resident until they are released
 Blocks = Iterator[npt.NDArray[Any]]
 
 
 def write_data(layout: Layout, weights: Weights, path: Path, progress: Callable[[str, int], None]) -> None:
     """Every region of ``layout``; ``progress`` gets each weight's name and number of elements once it is written."""
+    unreleased = 0
     with path.open("wb") as file:
         for region in layout.regions:
             file.seek(region.offset)
-            _write(file, region, weights)
-            weights.release()
+            for block in _blocks(region.content, weights):
+                file.write(np.ascontiguousarray(block).data)
+                unreleased += block.nbytes
+                if unreleased > RELEASE_BYTES:
+                    weights.release()
+                    unreleased = 0
+            assert file.tell() == region.offset + region.size
             _report(region, weights, progress)
+    weights.release()
 
 
-def _write(file: BufferedWriter, region: Region, weights: Weights) -> None:
-    match region.content:
-        case Codes() as content:
-            blocks = _codes(content, weights)
-        case Scales() as content:
-            blocks = _scales(content, weights)
-        case Matrix() as content:
-            blocks = (values for name in content.weights for _, values in weights.blocks(name))
-        case Vector() as content:
-            blocks = iter([_vector(content, weights)])
-        case Table() as content:
+def _blocks(content: Content, weights: Weights) -> Blocks:
+    match content:
+        case Codes():
+            return _codes(content, weights)
+        case Scales():
+            return _scales(content, weights)
+        case Matrix():
+            return (values for name in content.weights for _, values in weights.blocks(name))
+        case Vector():
+            return iter([_vector(content, weights)])
+        case Table():
             cosine, sine = rotary_tables(content.rotary, content.length)
-            blocks = iter([cosine if content.part == "cos" else sine])
-    for block in blocks:
-        file.write(np.ascontiguousarray(block).data)
-    assert file.tell() == region.offset + region.size
+            return iter([cosine if content.part == "cos" else sine])
 
 
 def _codes(content: Codes, weights: Weights) -> Blocks:

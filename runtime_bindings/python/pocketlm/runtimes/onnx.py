@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnxruntime  # type: ignore[import-untyped]
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
 
-from pocketlm.errors import PocketLMError
+from pocketlm.errors import PocketLMError, UnavailableError
 from pocketlm.manifest import Manifest
 from pocketlm.session import Session
 
@@ -32,8 +32,15 @@ RUNTIME_ERRORS = (
 def open_session(path: Path, manifest: Manifest, threads: int | None) -> "OnnxSession":
     """A session over ``model.onnx`` at ``path``; ``threads`` None leaves the number to ONNX Runtime.
 
-    Raises :class:`PocketLMError` naming the file that ONNX Runtime refuses.
+    Raises :class:`UnavailableError` if ONNX Runtime is older than what the artifact states, because older kernels may
+    compute something else, and :class:`PocketLMError` naming the file that ONNX Runtime refuses.
     """
+    floor = manifest.targets["onnx"].runtime["onnxruntime"].removeprefix(">=")
+    if _release(onnxruntime.__version__) < _release(floor):
+        raise UnavailableError(
+            f"{path}: needs onnxruntime {floor} or newer, but {onnxruntime.__version__} is installed: "
+            f"pip install 'onnxruntime>={floor}'"
+        )
     return OnnxSession(path, manifest, threads)
 
 
@@ -56,6 +63,7 @@ class OnnxSession(Session):
         self._head: onnxruntime.InferenceSession | None = None
         self._mask = np.ones((1, self.context_length), np.int64)
         self._logits = np.empty((1, 1, self.vocabulary_size), np.float32)
+        self._buffers = [self._logits]  # a binding does not keep the arrays that it writes to
         self._last_only = onnxruntime.IOBinding(self._decoder)
         self._with_states = onnxruntime.IOBinding(self._decoder)
         self._hidden_size = model.hidden_size
@@ -66,6 +74,7 @@ class OnnxSession(Session):
                 _, kv_heads, _, head_dim = value.shape
                 # Zeros that were never touched take no memory.
                 cache = np.zeros((1, kv_heads, self.context_length, head_dim), np.float32)
+                self._buffers.append(cache)
                 shared = onnxruntime.OrtValue.ortvalue_from_numpy(cache)
                 for binding in (self._last_only, self._with_states):
                     binding.bind_ortvalue_input(value.name, shared)
@@ -96,6 +105,7 @@ class OnnxSession(Session):
     def _close(self) -> None:
         del self._last_only, self._with_states, self._decoder
         self._head = None
+        self._buffers.clear()
 
     @staticmethod
     @contextmanager
@@ -104,6 +114,11 @@ class OnnxSession(Session):
             yield
         except RUNTIME_ERRORS as error:
             raise PocketLMError(f"{path}: ONNX Runtime failed: {error}") from error
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """``1.23.2`` and ``1.23.2.dev1`` alike."""
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
 
 
 def _load(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
