@@ -7,6 +7,7 @@ the next multiple of 64); libmodelpackage's Manifest.json. Nothing in them depen
 import json
 import struct
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,17 +25,16 @@ __all__ = ["write_package"]
 LONGEST_CALL = 128
 IOS18 = 9  # specification version
 BLOB_CODES = {"float16": 1, "int8": 4, "int4": 8, "int32": 14}
-ATTENTION: AttentionForm = "explicit"
-NOTES = (
-    f"attention is {ATTENTION} (matrix products and softmax): the fused operator gave wrong numbers on iOS 26 devices "
+NOTES: Mapping[AttentionForm, str] = {
+    "explicit": "attention is matrix products and softmax: the fused operator gave wrong numbers on iOS 26 devices "
     "(executorch issue 15833); not verified on hardware",
-    "functions: prefill (1 to {longest} tokens, logits of the last), decode (one token), score (as prefill, logits of "
-    "all); one state serves all three",
-)
+    "fused": "attention is the fused operator, which gave wrong numbers on iOS 26 devices (executorch issue 15833); "
+    "not verified on hardware",
+}
 
 
-def write_package(lowering: Lowering, package: Path) -> Artifact:
-    """Write ``package`` (``*.mlpackage``), which must not exist.
+def write_package(lowering: Lowering, package: Path, form: AttentionForm = "explicit") -> Artifact:
+    """Write ``package`` (``*.mlpackage``), which must not exist, with attention in ``form``.
 
     Raises :class:`pocketlm.UnsupportedError` naming the tensor and index of a value that fp16 can't hold.
     """
@@ -43,7 +43,7 @@ def write_package(lowering: Lowering, package: Path) -> Artifact:
     longest_call = min(LONGEST_CALL, graph.context_length)
     layout = Layout(lowering)
     functions = {"prefill": (last, None), "decode": (last, 1), "score": (graph, None)}
-    program = build_program(functions, longest_call, layout, ATTENTION)
+    program = build_program(functions, longest_call, layout, form)
 
     model = package / "Data" / "com.apple.CoreML"
     (model / "weights").mkdir(parents=True)
@@ -56,7 +56,22 @@ def write_package(lowering: Lowering, package: Path) -> Artifact:
         longest_call=longest_call,
         rows=longest_call,
         entries=layout.entries,
-        notes=tuple(note.format(longest=longest_call) for note in NOTES),
+        notes=_notes(lowering, form, longest_call),
+    )
+
+
+def _notes(lowering: Lowering, form: AttentionForm, longest_call: int) -> tuple[str, ...]:
+    context = lowering.graph.context_length
+    windows = {layer.window for layer in lowering.config.layers if layer.window is not None}
+    return (
+        NOTES[form],
+        f"functions: prefill (1 to {longest_call} tokens, logits of the last), decode (one token), score (as prefill, "
+        "logits of all); one state serves all three",
+        *(
+            f"sliding window {window} dropped: the context of {context} fits into it"
+            for window in sorted(windows)
+            if window >= context
+        ),
     )
 
 
@@ -120,9 +135,7 @@ def _specification(program: Any, layout: Layout, weights: _WeightFile) -> Any:
             f"coremltools {coremltools.__version__} did not ask for every constant; install the pinned version"
         )
     exporter = mil_exporter.CoreMLProtoExporter(program, message, None, None, None, "mlprogram", "milinternal", IOS18)
-    specification = exporter.export(IOS18)
-    specification.description.metadata.userDefined["pocketlm.attention"] = ATTENTION
-    return specification
+    return exporter.export(IOS18)
 
 
 def _write_manifest(package: Path) -> None:
