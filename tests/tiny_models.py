@@ -79,6 +79,12 @@ ROWS = [
     Row("qwen3-biases", "qwen3", {**BASE, "head_dim": 24, "attention_bias": True}),
     Row("mistral", "mistral", {**BASE, "sliding_window": None}),
     Row("mistral-window", "mistral", {**BASE, "sliding_window": 9, "head_dim": 32}),
+    Row("smollm3", "smollm3", {**BASE, "num_hidden_layers": 4, "pad_token_id": 0}),
+    Row(
+        "smollm3-window",
+        "smollm3",
+        {**BASE, "no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 13, "pad_token_id": 0},
+    ),
 ]
 
 
