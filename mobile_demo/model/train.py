@@ -266,7 +266,7 @@ def train(output: Path, steps: int, minutes: float, seed: int) -> None:
     running = optimizers(model)
     peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in running]
     model.train()
-    start = time.monotonic()
+    start, done = time.monotonic(), 0
     for step in range(steps):
         progress = max(step / steps, (time.monotonic() - start) / (60 * minutes))
         if progress >= 1:
@@ -283,13 +283,14 @@ def train(output: Path, steps: int, minutes: float, seed: int) -> None:
                 group["lr"] = peak * learning_rate_factor(step, progress)
             optimizer.step()
             optimizer.zero_grad()
+        done += 1
         if step % 10 == 0:
             seconds = time.monotonic() - start
             print(f"step {step}/{steps} {seconds:.0f} s loss {loss.item():.3f} ({progress:.1%})", flush=True)
         if step and step % SAVE_EVERY_STEPS == 0:
             save(model, tokenizer, output)
     save(model, tokenizer, output)
-    print(f"{step + 1} steps, {(step + 1) * ROWS_PER_STEP * CONTEXT:,} tokens, {time.monotonic() - start:.0f} s")
+    print(f"{done} steps, {done * ROWS_PER_STEP * CONTEXT:,} tokens, {time.monotonic() - start:.0f} s")
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
@@ -345,7 +346,7 @@ def evaluate(checkpoint: Path) -> None:
 def main(
     output: Annotated[Path, typer.Option(help="Folder that the checkpoint is written to.")] = Path("checkpoint"),
     steps: Annotated[int, typer.Option(help="Optimizer steps of 8,192 tokens.")] = 1500,
-    minutes: Annotated[float, typer.Option(help="Wall-clock limit; the schedule ends in time for it.")] = 600.0,
+    minutes: Annotated[float, typer.Option(help="Wall-clock limit; the schedule ends in time for it.")] = math.inf,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the documents' order.")] = 0,
     evaluate_checkpoint: Annotated[
         Path | None, typer.Option("--evaluate", help="Train nothing; measure this checkpoint on the held-out files.")

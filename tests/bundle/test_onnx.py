@@ -176,6 +176,8 @@ def test_onnxruntime_genai_generates_the_sessions_greedy_tokens(name, scheme, he
         while len(tokens) < length and tokens[-1] not in bundle.stop_ids:
             tokens.append(int(logits[-1].argmax()))
             logits = session.extend(tokens[-1:])
+    if tokens[-1] in bundle.stop_ids:
+        del tokens[-1]  # its sequence ends before the stop id
     assert generator.get_sequence(0).tolist() == tokens
     text = "def add(a, b):\n    return a + b"
     encoded = onnxruntime_genai.Tokenizer(model).encode(text)
@@ -217,6 +219,16 @@ def test_many_rows_are_the_rows_one_by_one(tiny_bundle):
         session.rewind(0)
         single = np.concatenate([session.extend([token]) for token in tokens])
     assert np.abs(together - single).max() <= 1e-5 * single.std()
+
+
+def test_a_prompt_longer_than_a_call_is_the_same(tiny_bundle):
+    bundle, tokens = tiny_bundle("mistral-window", "fp32", "onnx"), tokens_of(50)
+    with bundle.session("onnx", threads=1) as session:
+        whole = session.extend(tokens, logits=20)
+    target = bundle.manifest.targets["onnx"].model_copy(update={"longest_call": 8, "rows": 3})
+    short = bundle.manifest.model_copy(update={"targets": {"onnx": target}})
+    with open_session(bundle.folder / target.path, short, 1) as session:
+        assert np.abs(session.extend(tokens, logits=20) - whole).max() <= 1e-5 * whole.std()
 
 
 @pytest.mark.parametrize("scheme", ("fp32", "int8", "int4"))

@@ -215,7 +215,10 @@ def test_released_models_parse_or_are_refused_for_a_stated_reason(released, tmp_
             config = open_checkpoint(folder).config
             first_layers = replace(config, layers=config.layers[:2])
             traced = {name: weight.shape for name, weight in trace(first_layers, 16).weights().items()}
-            assert traced == released_shapes(source, layers=2), source.name
+            promised = released_shapes(source, layers=2)
+            if config.tied:
+                promised.pop("lm_head.weight", None)  # Qwen3-0.6B saves its copy
+            assert traced == promised, source.name
             assert f"model.layers.{len(config.layers) - 1}.mlp.up_proj.weight" in released_shapes(source)
             assert f"model.layers.{len(config.layers)}.mlp.up_proj.weight" not in released_shapes(source)
             supported.append(source.name)

@@ -12,7 +12,7 @@ from pocketlm_export.architectures._configuration import (
 from pocketlm_export.checkpoint.fields import Fields
 
 
-def configure(fields: Fields, defaults: Defaults = Defaults(kv_heads=32)) -> DecoderConfig:  # noqa: B008
+def configure(fields: Fields, defaults: Defaults = Defaults(kv_heads=32)) -> DecoderConfig:
     """Layers from ``max_window_layers`` on slide; ``layer_types`` wins."""
     config = read_decoder(fields, defaults)
     count = len(config.layers)

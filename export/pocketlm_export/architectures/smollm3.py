@@ -8,7 +8,7 @@ from pocketlm_export.checkpoint.fields import Fields
 
 
 def configure(fields: Fields) -> DecoderConfig:
-    """``no_rope_layers`` holds 1 for a layer that rotates; absent, every ``no_rope_layer_interval``-th layer doesn't."""
+    """``no_rope_layers`` holds 1 where a layer rotates; absent, each ``no_rope_layer_interval``-th layer doesn't."""
     config = llama.configure(fields, Defaults(kv_heads=4, rope_theta=2_000_000.0, tied=True))
     count = len(config.layers)
     interval = fields.integer("no_rope_layer_interval", 4)

@@ -61,7 +61,7 @@ class ExecuTorchSession(Session):
         )
         with _captured_log() as last_line:
             try:
-                # Minimal: the file's hash was checked, and the binding has no other verification compiled in.
+                # Minimal: the file was hashed, and the binding has no other verification compiled in.
                 self._program = binding._load_for_executorch(
                     str(path), program_verification=binding.Verification.Minimal
                 )
