@@ -151,6 +151,9 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         place = ".".join(map(str, first["loc"]))
         raise BundleError(f"{source}: '{place}': {first['msg']}") from error
     _check_paths(source, [*manifest.files, *(target.path for target in manifest.targets.values())])
+    for name, target in manifest.targets.items():
+        if not any(file == target.path or file.startswith(f"{target.path}/") for file in manifest.files):
+            raise BundleError(f"{source}: 'targets.{name}.path': {target.path} is not among the files")
     for name in manifest.files:
         _regular(folder / name, folder)
     return Bundle(folder, manifest)

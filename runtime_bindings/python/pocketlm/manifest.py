@@ -24,6 +24,7 @@ FORMAT_MAJOR = 1
 Count = Annotated[int, Field(ge=1, le=1 << 40)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+TargetName = Annotated[str, Field(pattern="^(onnx|executorch|coreml)$")]
 SchemeName = Literal["int4", "int8", "fp32"]
 
 
@@ -112,7 +113,7 @@ class Weight(Closed):
 
     scheme: SchemeName
     shape: list[Count]
-    places: dict[str, Place]
+    places: dict[TargetName, Place]
 
 
 class Manifest(Closed):
@@ -121,7 +122,7 @@ class Manifest(Closed):
     format_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     model: Model
     scheme: Scheme
-    targets: dict[str, Target]
+    targets: dict[TargetName, Target]
     files: dict[str, FileRecord]
     provenance: Provenance
     weights: dict[str, Weight]
