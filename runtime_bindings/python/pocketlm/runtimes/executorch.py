@@ -62,9 +62,8 @@ class ExecuTorchSession(Session):
         with _captured_log() as last_line:
             try:
                 # Minimal: the file was hashed, and the binding has no other verification compiled in.
-                self._program = binding._load_for_executorch(
-                    str(path), program_verification=binding.Verification.Minimal
-                )
+                self._program = binding._load_program(str(path), program_verification=binding.Verification.Minimal)
+                self._forward = self._program.load_method("forward")
             except RuntimeError as error:
                 raise BundleError(f"{path}: ExecuTorch can't load it: {error} ({last_line()})") from error
         _sessions.add(self)
@@ -74,14 +73,14 @@ class ExecuTorchSession(Session):
 
         inputs = (torch.from_numpy(tokens)[None], torch.tensor([position]))
         try:
-            (logits,) = self._program.run_method("forward", inputs, clone_outputs=False)
+            (logits,) = self._forward.call(inputs, clone_outputs=False)
         except RuntimeError as error:
             raise PocketLMError(f"ExecuTorch failed on {len(tokens)} tokens at position {position}: {error}") from error
         result: npt.NDArray[np.float32] = logits.numpy()[0, logits.shape[1] - rows :].copy()
         return result
 
     def _close(self) -> None:
-        self._program = None
+        self._forward = self._program = None
         _sessions.discard(self)
 
 
