@@ -1,5 +1,6 @@
 """The Core ML package: what coremltools reads in it, what its constants hold, what its functions and the session do."""
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -288,12 +289,16 @@ def test_a_window_that_the_context_never_leaves_is_noted(tiny_checkpoint, tmp_pa
 @pytest.mark.parametrize(
     "program",
     [
-        "from pocketlm_export.backends import coreml; coreml.libraries()",
+        "from pocketlm_export.backends import coreml; graph = pickle.load(open({graph!r}, 'rb')); "
+        "coreml.check(graph, {{}}); coreml.libraries()",
         "import pocketlm.runtimes.coreml",
     ],
 )
-def test_checks_and_sessions_do_not_import_coremltools(program):
-    program += "; import sys; assert not {'coremltools', 'torch', 'sklearn'} & set(sys.modules)"
+def test_checks_and_sessions_do_not_import_coremltools(program, lower, tmp_path):
+    graph = tmp_path / "graph"
+    graph.write_bytes(pickle.dumps(lower("qwen3", "int4").graph))
+    program = f"import pickle, sys; {program.format(graph=str(graph))}"
+    program += "; assert not {'coremltools', 'torch', 'sklearn'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -10,7 +10,7 @@ from pocketlm.errors import UnsupportedError
 from pocketlm.runtimes.coreml_interpreter import Interpreter
 from pocketlm_export.backends import coreml
 from pocketlm_export.backends.base import Lowering
-from pocketlm_export.backends.coreml.writer import write_package
+from pocketlm_export.backends.coreml.writer import FORMS, write_package
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.graph.graph import (
     Activation,
@@ -124,7 +124,7 @@ def test_every_attribute_means_what_the_operators_say(alteration, form, lowering
         graph = altered(graph, Attention, scale=node.scale * node.head_dim**-0.5)
     coreml.check(graph, {})
     artifact = write_package(replace(lowering, graph=graph), tmp_path / "model.mlpackage", form)
-    assert ("is the fused operator" in artifact.notes[0]) == (form == "fused")
+    assert artifact.notes[0].startswith(f"attention is {FORMS[form]};")
     expected = evaluate(graph, lowering.weights, TOKENS)
     assert difference(run(tmp_path / "model.mlpackage", "float64"), expected)[0] < 1e-9
     largest, rms = difference(run(tmp_path / "model.mlpackage", "float16"), expected)

@@ -12,7 +12,7 @@ from typing import Any
 @cache
 def coremltools() -> ModuleType:
     """coremltools without its torch and scikit-learn frontends, which cost ten times its import."""
-    hidden = {name: sys.modules.get(name) for name in ("torch", "sklearn")}
+    hidden = {name: sys.modules.get(name) for name in ("torch", "sklearn", "transformers")}
     logging.disable(logging.WARNING)
     try:
         sys.modules.update(dict.fromkeys(hidden))

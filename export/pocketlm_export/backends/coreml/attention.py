@@ -4,7 +4,6 @@ import numpy as np
 
 from pocketlm_export.backends.coreml.emission import Emission, Var
 from pocketlm_export.backends.coreml.importing import mil
-from pocketlm_export.backends.coreml.layout import Constant
 from pocketlm_export.graph.graph import Attention, Value, WeightInfo
 from pocketlm_export.graph.rotary import Rotary
 
@@ -54,7 +53,7 @@ def _heads(emission: Emission, node: Attention, value: Value, count: int, norm: 
 
 def _rotate(emission: Emission, x: Var, rotary: Rotary, head_dim: int) -> Var:
     """``x * cosine + swapped(x) * sine``: the minus of the first half lies in the table."""
-    cosine, sine = (_rows(emission, table) for table in emission.layout.rotary(rotary, emission.context_length))
+    cosine, sine = emission.once(rotary, lambda: _tables(emission, rotary))
     half = len(rotary.frequencies)
     rest = head_dim - 2 * half
     first, second, *others = mb.split(x=x, split_sizes=[half, half, *([rest] if rest else [])], axis=-1)
@@ -64,11 +63,11 @@ def _rotate(emission: Emission, x: Var, rotary: Rotary, head_dim: int) -> Var:
     return mb.concat(values=[rotated, *others], axis=-1) if rest else rotated
 
 
-def _rows(emission: Emission, table: Constant) -> Var:
-    """``[S, width]``: the rows of the positions of this call."""
-    return emission.once(
-        ("rows", table.name),
-        lambda: mb.gather(x=emission.constant(table), indices=emission.positions, axis=0, validate_indices=False),
+def _tables(emission: Emission, rotary: Rotary) -> tuple[Var, ...]:
+    """Cosine and sine ``[S, rotated]`` of the positions of this call."""
+    return tuple(
+        mb.gather(x=emission.constant(table), indices=emission.positions, axis=0, validate_indices=False)
+        for table in emission.layout.rotary(rotary, emission.context_length)
     )
 
 

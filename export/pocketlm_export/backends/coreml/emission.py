@@ -30,7 +30,7 @@ class Emission:
         self.context_length = graph.context_length
         self.values: dict[Value, Var] = {graph.ids: inputs["input_ids"]}
         self.logits = graph.logits
-        self._made: dict[Hashable, Var] = {}
+        self._made: dict[Hashable, Any] = {}
         # Read once, then chained through the updates: Core ML merges several reads of one state, whatever lies between.
         self.states = (inputs["k_cache"], inputs["v_cache"])
         self.caches = [mb.read_state(input=state) for state in self.states]
@@ -45,7 +45,7 @@ class Emission:
             self.end = mb.add(x=self.begin, y=count)
             self.positions = mb.slice_by_index(x=every, begin=self.begin, end=self.end)
 
-    def once(self, key: Hashable, make: Callable[[], Var]) -> Var:
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """``make()``, called at the first use of ``key`` in this function."""
         if key not in self._made:
             self._made[key] = make()

@@ -20,17 +20,12 @@ from pocketlm_export.backends.coreml.importing import coremltools, mil_exporter
 from pocketlm_export.backends.coreml.layout import Constant, Layout
 from pocketlm_export.graph.rewrites import keep_last_positions, merge_linears
 
-__all__ = ["write_package"]
+__all__ = ["FORMS", "write_package"]
 
 LONGEST_CALL = 128
 IOS18 = 9  # specification version
 BLOB_CODES = {"float16": 1, "int8": 4, "int4": 8, "int32": 14}
-NOTES: Mapping[AttentionForm, str] = {
-    "explicit": "attention is matrix products and softmax: the fused operator gave wrong numbers on iOS 26 devices "
-    "(executorch issue 15833); not verified on hardware",
-    "fused": "attention is the fused operator, which gave wrong numbers on iOS 26 devices (executorch issue 15833); "
-    "not verified on hardware",
-}
+FORMS: Mapping[AttentionForm, str] = {"explicit": "matrix products and softmax", "fused": "one fused operator"}
 
 
 def write_package(lowering: Lowering, package: Path, form: AttentionForm = "explicit") -> Artifact:
@@ -64,7 +59,8 @@ def _notes(lowering: Lowering, form: AttentionForm, longest_call: int) -> tuple[
     context = lowering.graph.context_length
     windows = {layer.window for layer in lowering.config.layers if layer.window is not None}
     return (
-        NOTES[form],
+        f"attention is {FORMS[form]}; iOS 26 devices gave wrong numbers for the fused one and for quantized embeddings "
+        "(executorch issue 15833), and no hardware has run this package",
         f"functions: prefill (1 to {longest_call} tokens, logits of the last), decode (one token), score (as prefill, "
         "logits of all); one state serves all three",
         *(
