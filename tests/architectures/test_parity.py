@@ -58,8 +58,8 @@ def test_fp32_equals_transformers(row, runtime, tiny_checkpoint, tiny_bundle):
 
 
 # Int8 activations (ONNX Runtime: per block, XNNPACK: per row) and fp16 rounding (Core ML) are all that may differ from
-# the eager reference on the same integers. Random weights spread the logits little, so their KL is large for the noise.
-MEAN_KL = {"onnx": 2e-2, "executorch": 2e-2, "coreml": 1e-3}
+# the eager reference on the same integers. Twice the largest that was measured over the table.
+MEAN_KL = {"onnx": 1e-3, "executorch": 2e-2, "coreml": 1e-3}
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

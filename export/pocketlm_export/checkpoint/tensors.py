@@ -158,9 +158,14 @@ class TensorFile:
         blocks = [values for _, values in self.float_blocks(name, 1 << 22)]
         return np.concatenate(blocks) if blocks else np.empty(info.shape, np.float32)
 
-    def release(self) -> None:
-        """Let the kernel drop the mapped pages: resident memory counts them."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+    def release(self, name: str | None = None) -> None:
+        """Let the kernel drop the mapped pages of a tensor, or of all: resident memory counts them."""
+        if name is None:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            return
+        info = self.tensors[name]
+        start = (self._data_start + info.start) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, start, self._data_start + info.stop - start)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

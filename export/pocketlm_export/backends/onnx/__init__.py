@@ -15,9 +15,7 @@ from pocketlm.errors import UnsupportedError
 from pocketlm_export.backends.base import Artifact, Lowering
 from pocketlm_export.backends.onnx.attention import lowered
 from pocketlm_export.backends.onnx.layout import DATA_FILE
-
-# Here and not in the function below: it binds the name of the submodule, which the function then takes over.
-from pocketlm_export.backends.onnx.write import write_data
+from pocketlm_export.backends.onnx.writer import write_data
 from pocketlm_export.graph.graph import Activation, Attention, Graph, Linear
 from pocketlm_export.quantization.schemes import SchemeRow
 
