@@ -96,7 +96,6 @@ class _Emitter:
         self.start = method.kernel("aten::_local_scalar_dense", [first], method.integer())
         self.length = method.kernel("aten::sym_size.int", [ids, method.scalar(1)], method.integer())
         self.stop = self.add_integers(self.start, self.length)
-        self.unused = method.activation((1,))  # update_cache returns a value that nobody needs
 
     # The method
 
@@ -263,11 +262,12 @@ def _embedding(emitter: _Emitter, node: Embedding) -> None:
 
 def _cached_attention(emitter: _Emitter, node: CachedAttention) -> None:
     method, scalar = emitter.method, emitter.method.scalar
+    unused = emitter.once("unused", lambda: method.activation((1,)))  # update_cache's result, which nobody needs
     caches = []
     for value in (node.key, node.value):
         _, _, heads, head_dim = emitter.shape(value)
         cache = method.cache((1, emitter.graph.context_length, heads, head_dim))
-        method.kernel("llama::update_cache.out", [emitter.tensors[value], cache, emitter.start], emitter.unused)
+        method.kernel("llama::update_cache.out", [emitter.tensors[value], cache, emitter.start], unused)
         caches.append(cache)
     mask = scalar(None) if node.window is None else emitter.mask(node.window)
     rest = [scalar(0.0), scalar(node.window is None), scalar(float(node.scale))]
