@@ -213,7 +213,10 @@ def _assign(folder: Path, files: Mapping[Path, TensorFile]) -> dict[str, TensorF
 
 
 def _tokenizer_files(folder: Path) -> dict[str, Path]:
-    files = {name: folder / name for name in TEXT_LIKE_FILES if (folder / name).is_file()}
+    files = {name: folder / name for name in TEXT_LIKE_FILES if (folder / name).exists()}
+    for path in files.values():
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file")
     if "tokenizer.json" not in files:
         raise CheckpointError(
             f"{folder}: no tokenizer.json. Save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"

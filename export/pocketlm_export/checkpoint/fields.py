@@ -2,6 +2,7 @@
 
 import json
 import math
+import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ LARGEST_SIZE = 1 << 31
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``. Raises :class:`CheckpointError` for anything else."""
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file of a checkpoint")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        if status.st_size > LARGEST_JSON:
+            raise CheckpointError(f"{path}: {status.st_size} bytes are too many for a JSON file of a checkpoint")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import CheckpointError
+from pocketlm_export.checkpoint.fields import read_json
 
 __all__ = ["FLOAT_TYPES", "TensorFile", "TensorInfo", "bfloat16_to_float32", "decode_float"]
 
@@ -186,13 +187,7 @@ def shard_paths(folder: Path) -> Mapping[str, Path]:
 
 
 def _read_index(index: Path) -> dict[str, Path]:
-    try:
-        content = json.loads(index.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not valid JSON") from error
-    except OSError as error:
-        raise CheckpointError(f"{index}: can't be read: {error.strerror}") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: 'weight_map' must be an object of tensor name to file name")
     paths = {}
