@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ QUANTIZED = [
     ("qwen2", "int8", "int8"),
 ]
 VARIANTS = [*QUANTIZED, ("llama-untied-biases", "fp32", "int8"), ("qwen3", "fp32", "int8")]
+IDS = ["-".join(variant) for variant in VARIANTS]
 
 
 def pte(bundle) -> Path:
@@ -55,7 +57,7 @@ def whole(weights: Weights, name: str) -> np.ndarray:
     return np.concatenate([block for _, block in weights.blocks(name)])
 
 
-@pytest.mark.parametrize(("row", "scheme", "head"), VARIANTS, ids="-".join)
+@pytest.mark.parametrize(("row", "scheme", "head"), VARIANTS, ids=IDS)
 def test_every_weight_reads_back_as_the_store_holds_it(row, scheme, head, tiny_checkpoint, tiny_bundle, tmp_path):
     folder, _ = tiny_checkpoint(row)
     graph, weights = graph_and_weights(folder, scheme, head, tmp_path)
@@ -106,7 +108,7 @@ def test_rotary_tables_and_masks_read_back(tiny_checkpoint, tiny_bundle):
         np.testing.assert_array_equal(seen, (key <= query) & (key > query - 9))
 
 
-@pytest.mark.parametrize(("row", "scheme", "head"), VARIANTS, ids="-".join)
+@pytest.mark.parametrize(("row", "scheme", "head"), VARIANTS, ids=IDS)
 def test_delegates_hold_nothing_that_xnnpack_does_not_pack(row, scheme, head, tiny_bundle):
     """With a weight cache XNNPACK frees the named data once it is packed: only fully connected nodes pack."""
     for delegate in read(tiny_bundle(row, scheme, "executorch", head)).delegates:
@@ -142,6 +144,17 @@ def test_two_exports_are_the_same_bytes(scheme, head, tiny_checkpoint, tmp_path)
         options = ExportOptions(targets=("executorch",), scheme=scheme, head=head, store=tmp_path / name / "store")
         files.append(pte(export_bundle(str(folder), tmp_path / name / "bundle", options)).read_bytes())
     assert files[0] == files[1]
+
+
+def test_the_schemas_come_without_the_vendors_exporter():
+    """Its import takes seconds and prints warnings, and must still be possible afterwards."""
+    code = (
+        "import sys, pocketlm_export.backends.executorch.importing as importing;"
+        "assert not any(name.startswith('executorch.exir.capture') or name == 'torch' for name in sys.modules);"
+        "import executorch.exir, executorch.exir.schema as schema;"
+        "assert schema is importing.schema and executorch.exir.to_edge"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
 
 
 def test_facts_of_the_official_runner(tiny_bundle):
@@ -334,7 +347,7 @@ def run_with_weight_cache(shim: ctypes.CDLL, path: Path, load_mode: int, cache: 
 
 
 @pytest.mark.parametrize("load_mode", [0, 1], ids=["file", "mmap"])
-@pytest.mark.parametrize(("row", "scheme", "head"), VARIANTS, ids="-".join)
+@pytest.mark.parametrize(("row", "scheme", "head"), VARIANTS, ids=IDS)
 def test_it_is_right_with_the_weight_cache_of_phones(
     row, scheme, head, load_mode, tiny_bundle, weight_cache_shim, tmp_path
 ):

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from executorch.exir.scalar_type import ScalarType
 
 from pocketlm_export.backends.base import Entry
+from pocketlm_export.backends.executorch.importing import ScalarType
 from pocketlm_export.backends.executorch.layout import NamedConstant
 from pocketlm_export.backends.executorch.packing import Packing, Piece, array_piece
 from pocketlm_export.backends.executorch.partition import CachedAttention, Delegate, MergeHeads, SplitHeads, partition

@@ -8,8 +8,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from executorch.exir.schema import DataSegment, NamedData
-
+from pocketlm_export.backends.executorch.importing import schema
 from pocketlm_export.backends.executorch.packing import Piece
 
 __all__ = ["PAGE", "Layout", "NamedConstant", "align", "place"]
@@ -47,10 +46,10 @@ class NamedConstant:
 class Layout:
     """Offsets from the first segment, known before the bytes are; ``pieces`` in the order of the file."""
 
-    segments: list[DataSegment]
+    segments: list[schema.DataSegment]
     constant_offsets: list[int]
     delegate_segments: list[int]
-    named_data: list[NamedData]
+    named_data: list[schema.NamedData]
     pieces: dict[Piece, int] = field(default_factory=dict)
     size: int = 0
 
@@ -68,20 +67,20 @@ def place(constants: Sequence[Piece], delegate_sizes: Sequence[int], named: Sequ
         cursor = align(cursor, _alignment(piece))
         pieces[piece] = cursor
         cursor += piece.size
-    segments = [DataSegment(offset=0, size=cursor)]
+    segments = [schema.DataSegment(offset=0, size=cursor)]
     constant_offsets = [0, *(pieces[piece] for piece in constants)]
 
     index_of: dict[Piece, int] = {}
     inside = {constant.piece for constant in named if constant.piece in pieces}
     for piece in sorted(inside, key=lambda piece: pieces[piece]):
         index_of[piece] = len(segments)
-        segments.append(DataSegment(offset=pieces[piece], size=piece.size))
+        segments.append(schema.DataSegment(offset=pieces[piece], size=piece.size))
 
     delegate_segments = []
     for size in delegate_sizes:
         cursor = align(cursor, DELEGATE_ALIGNMENT)
         delegate_segments.append(len(segments))
-        segments.append(DataSegment(offset=cursor, size=size))
+        segments.append(schema.DataSegment(offset=cursor, size=size))
         cursor += size
 
     for constant in named:
@@ -90,9 +89,11 @@ def place(constants: Sequence[Piece], delegate_sizes: Sequence[int], named: Sequ
             cursor = align(cursor, _alignment(piece))
             pieces[piece] = cursor
             index_of[piece] = len(segments)
-            segments.append(DataSegment(offset=cursor, size=piece.size))
+            segments.append(schema.DataSegment(offset=cursor, size=piece.size))
             cursor += piece.size
-    named_data = [NamedData(key=constant.placeholder, segment_index=index_of[constant.piece]) for constant in named]
+    named_data = [
+        schema.NamedData(key=constant.placeholder, segment_index=index_of[constant.piece]) for constant in named
+    ]
     return Layout(segments, constant_offsets, delegate_segments, named_data, pieces, cursor)
 
 

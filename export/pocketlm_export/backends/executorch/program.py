@@ -3,9 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from executorch.exir import schema
-from executorch.exir.scalar_type import ScalarType
-
+from pocketlm_export.backends.executorch.importing import ScalarType, schema
 from pocketlm_export.backends.executorch.memory import ALIGNMENT, Lifetime, plan_arena
 from pocketlm_export.backends.executorch.packing import Piece
 from pocketlm_export.backends.executorch.xnnpack import XnnpackGraph

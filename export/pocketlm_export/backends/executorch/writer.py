@@ -1,22 +1,20 @@
 """Writes a .pte: the program's flatbuffer, then the segments, streamed piece by piece."""
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from executorch.exir import schema
-from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
-from executorch.exir._serialize._program import _ExtendedHeader, _insert_flatbuffer_header
-from executorch.exir._serialize.padding import pad_to
 
 from pocketlm_export.backends.executorch.emit import Emission
+from pocketlm_export.backends.executorch.importing import CONSTANT_ALIGNMENT, program_to_flatbuffer, schema
 from pocketlm_export.backends.executorch.layout import PAGE, Layout, align, place
 from pocketlm_export.backends.executorch.packing import Piece
 
 __all__ = ["write_pte"]
 
-MAGIC = r"ET[0-9a-zA-Z][0-9a-zA-Z]"
+HEADER = struct.Struct("<4sIQQQ")  # magic, its own length, bytes of header and program, first segment, all segments
 
 
 def write_pte(path: Path, emission: Emission, facts: Sequence[schema.ExecutionPlan]) -> dict[str, str]:
@@ -61,12 +59,17 @@ def _program(emission: Emission, layout: Layout, facts: Sequence[schema.Executio
         constant_segment=schema.SubsegmentOffsets(segment_index=0, offsets=layout.constant_offsets),
         named_data=layout.named_data,
     )
-    flatbuffer = _program_to_flatbuffer(program, constant_tensor_alignment=16)
-    header_size = align(_ExtendedHeader.EXPECTED_LENGTH, flatbuffer.max_alignment)
-    size = header_size + len(flatbuffer.data)
-    header = _ExtendedHeader(program_size=size, segment_base_offset=align(size, PAGE), segment_data_size=layout.size)
-    content: bytes = _insert_flatbuffer_header(flatbuffer.data, MAGIC, pad_to(header.to_bytes(), header_size))
-    return content
+    flatbuffer = program_to_flatbuffer(program, constant_tensor_alignment=CONSTANT_ALIGNMENT)
+    return _with_header(flatbuffer.data, flatbuffer.max_alignment, layout.size)
+
+
+def _with_header(flatbuffer: bytes, alignment: int, segment_bytes: int) -> bytes:
+    """Insert the extended header behind the flatbuffer's magic (runtime/executor, schema/extended_header.h)."""
+    width = align(HEADER.size, alignment)
+    size = width + len(flatbuffer)
+    header = HEADER.pack(b"eh00", HEADER.size, size, align(size, PAGE), segment_bytes)
+    root = int.from_bytes(flatbuffer[:4], "little") + width
+    return root.to_bytes(4, "little") + flatbuffer[4:8] + header.ljust(width, b"\0") + flatbuffer[8:]
 
 
 def _replaced(content: bytes, keys: dict[str, str]) -> bytes:

@@ -8,9 +8,8 @@ other constant is an input, because with a weight cache XNNPACK frees the consta
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
-from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import serialize_xnnpack_binary
-
+from pocketlm_export.backends.executorch.importing import serialize_xnnpack_binary
+from pocketlm_export.backends.executorch.importing import xnnpack_schema as schema
 from pocketlm_export.backends.executorch.layout import NamedConstant
 
 __all__ = ["XnnpackGraph"]
