@@ -362,3 +362,26 @@ def test_it_is_right_with_the_weight_cache_of_phones(
             for a, b in zip(got, expected, strict=True):
                 np.testing.assert_array_equal(a, b)
         assert packed.stat().st_size > 0
+
+
+def test_equal_codes_with_other_scales_are_packed_apart(weight_cache_shim, tmp_path):
+    """The cache finds a packed filter, scales included, by its key alone."""
+    from safetensors.torch import load_file, save_file
+
+    write_checkpoint(Row("doubled", "llama", BASE), tmp_path / "checkpoint")
+    tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    first = tensors["model.layers.0.mlp.down_proj.weight"]
+    tensors["model.layers.1.mlp.down_proj.weight"] = first * 2
+    tensors["model.layers.2.mlp.down_proj.weight"] = first.clone()
+    save_file(tensors, tmp_path / "checkpoint" / "model.safetensors", metadata={"format": "pt"})
+    options = ExportOptions(targets=("executorch",), store=tmp_path / "store")
+    bundle = export_bundle(str(tmp_path / "checkpoint"), tmp_path / "bundle", options)
+    entries = [
+        bundle.manifest.weights[f"model.layers.{layer}.mlp.down_proj.weight"].places["executorch"].entry
+        for layer in range(3)
+    ]
+    assert entries[0] == entries[2] != entries[1]
+    with bundle.session("executorch", threads=1) as session:
+        expected = session.extend(TOKENS[:20], logits=8)
+        (got,) = run_with_weight_cache(weight_cache_shim, pte(bundle), 1, tmp_path / "packed", [TOKENS[:20]])
+    np.testing.assert_array_equal(got, expected)
