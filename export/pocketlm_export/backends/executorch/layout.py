@@ -6,7 +6,7 @@ are segments of their own over the same bytes; then follow the delegates' graphs
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pocketlm_export.backends.executorch.importing import schema
 from pocketlm_export.backends.executorch.packing import Piece
@@ -50,8 +50,8 @@ class Layout:
     constant_offsets: list[int]
     delegate_segments: list[int]
     named_data: list[schema.NamedData]
-    pieces: dict[Piece, int] = field(default_factory=dict)
-    size: int = 0
+    pieces: dict[Piece, int]
+    size: int
 
 
 def align(offset: int, alignment: int) -> int:

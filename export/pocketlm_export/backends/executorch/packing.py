@@ -37,6 +37,10 @@ def array_piece(make: Callable[[], Array], size: int) -> Piece:
     return Piece(size, blocks)
 
 
+def _as_stored(packed: npt.NDArray[np.uint8]) -> Array:
+    return packed
+
+
 def _low_even(packed: npt.NDArray[np.uint8]) -> Array:
     return packed ^ np.uint8(0x88)
 
@@ -66,10 +70,10 @@ class Packing:
 
     def codes(self, names: Sequence[str], *, even_high: bool = False) -> Piece:
         """The codes of quantized matrices of one row of the scheme, one below the other."""
-        pack: Callable[[npt.NDArray[np.uint8]], Array] = lambda packed: packed  # noqa: E731
-        if self.weights.quantized(names[0]).row.bits == 4:
-            pack = _high_even if even_high else _low_even
         tensors = [self.weights.quantized(name) for name in names]
+        pack = _as_stored
+        if tensors[0].row.bits == 4:
+            pack = _high_even if even_high else _low_even
         widths = [tensor.shape[1] * tensor.row.bits // 8 for tensor in tensors]
 
         def blocks() -> Iterator[Array]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketlm_export.backends.executorch.emit import Emission
+from pocketlm_export.backends.executorch.emission import Emission
 from pocketlm_export.backends.executorch.importing import CONSTANT_ALIGNMENT, program_to_flatbuffer, schema
 from pocketlm_export.backends.executorch.layout import PAGE, Layout, align, place
 from pocketlm_export.backends.executorch.packing import Piece
