@@ -60,6 +60,9 @@ def test_fp32_equals_transformers(row, runtime, tiny_checkpoint, tiny_bundle):
 # Int8 activations (ONNX Runtime: per block, XNNPACK: per row) and fp16 rounding (Core ML) are all that may differ from
 # the eager reference on the same integers. Twice the largest that was measured over the table.
 MEAN_KL = {"onnx": 1e-3, "executorch": 2e-2, "coreml": 1e-3}
+# The outlier row's logits reach 838, where float16's spacing is 0.5: rounding only the logits of the reference gives
+# 4.7e-3, rounding only its constants 2.4e-3; the package has 4.0e-3.
+MEAN_KL_COREML_LARGE_LOGITS = {"llama-outliers": 8e-3}
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -71,5 +74,8 @@ def test_quantized_agrees_with_the_reference_on_the_same_integers(
     folder, _ = tiny_checkpoint(row.name)
     tokens = tokens_for(row)
     expected = run(reference(folder, scheme, tmp_path), tokens)
+    limit = MEAN_KL[runtime]
+    if runtime == "coreml":
+        limit = MEAN_KL_COREML_LARGE_LOGITS.get(row.name, limit)
     with tiny_bundle(row.name, scheme, runtime).session(runtime, threads=1) as session:
-        assert mean_kl(run(session, tokens), expected) <= MEAN_KL[runtime]
+        assert mean_kl(run(session, tokens), expected) <= limit
