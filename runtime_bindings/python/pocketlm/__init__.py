@@ -4,7 +4,6 @@
 """
 
 import importlib
-import importlib.metadata
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,9 @@ def verify(bundle: object, /) -> None:  # noqa: ARG001
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("pocketlm")
+        from importlib.metadata import version  # costs more than all the rest of this file
+
+        return version("pocketlm")
     if name not in _LAZY:
         raise AttributeError(f"module 'pocketlm' has no attribute {name!r}")
     module, attribute = _LAZY[name]
