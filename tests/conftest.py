@@ -47,6 +47,23 @@ def tiny_bundle(tiny_checkpoint: Callable, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """``demo_bundle(scheme, head="int8")`` -> the committed demo model with all three artifacts."""
+    from pocketlm_export.options import ExportOptions
+    from pocketlm_export.pipeline import export_bundle
+
+    checkpoint = Path(__file__).parents[1] / "mobile_demo" / "model" / "checkpoint"
+    store = tmp_path_factory.mktemp("store")
+
+    @cache
+    def make(scheme: str, head: str = "int8"):
+        output = tmp_path_factory.mktemp("demo") / "bundle"
+        return export_bundle(str(checkpoint), output, ExportOptions(scheme=scheme, head=head, context=512, store=store))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def data() -> Iterator[Path]:
     """Data made by others, read where it lies."""
     folder = Path(os.environ.get("POCKETLM_DATA", Path(__file__).parents[2] / "shared"))
