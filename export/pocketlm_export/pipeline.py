@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pocketlm.bundle import Bundle, open_bundle
@@ -11,7 +11,7 @@ from pocketlm_export.backends.base import Artifact, Lowering, load_backend
 from pocketlm_export.bundling import BundleWriter
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from pocketlm_export.checkpoint.hub import locate
-from pocketlm_export.checkpoint.text import open_text
+from pocketlm_export.checkpoint.text import open_text, with_tokenizer_stop
 from pocketlm_export.golden import write_golden
 from pocketlm_export.options import DEFAULT_CONTEXT, ExportOptions
 from pocketlm_export.quantization.schemes import assign_rows
@@ -41,6 +41,7 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
         checkpoint = open_checkpoint(locate(source), options.accept)
         context = resolve_context(checkpoint, options.context)
         text = open_text(checkpoint, options.accept)
+        checkpoint = replace(checkpoint, generation=with_tokenizer_stop(checkpoint.generation, text.tokenizer))
 
         progress.stage("trace", 0)
         from pocketlm_export.graph.trace import trace  # imports torch, so only once the input is known to be good

@@ -13,6 +13,7 @@ from pocketlm.errors import CheckpointError, UnsupportedError
 from pocketlm_export.architectures import known_architectures
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.checkpoint.tensors import TensorFile
+from pocketlm_export.checkpoint.text import open_text, with_tokenizer_stop
 from pocketlm_export.graph.trace import trace
 from tests.small_checkpoint import CONFIG, tensors_of, write_header_only, write_small_checkpoint
 
@@ -122,6 +123,22 @@ def test_stop_ids_are_the_union_of_both_files(folder):
     assert generation.stop_ids == (1, 7, 9)
     assert generation.bos_id == 3
     assert generation.sampling == {"do_sample": True, "temperature": 0.6, "top_k": 20}
+
+
+def test_the_tokenizers_end_of_sequence_stops_too(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|assistant|>"}))
+    checkpoint = open_checkpoint(folder)
+    tokenizer = open_text(checkpoint).tokenizer
+    before = checkpoint.generation.stop_ids
+    added = tokenizer.token_id("<|assistant|>")
+    assert added not in before
+    assert with_tokenizer_stop(checkpoint.generation, tokenizer).stop_ids == tuple(sorted({*before, added}))
+
+
+@pytest.mark.parametrize("context", (2, 3, 7, 8, 9))
+def test_a_short_context_is_traced(context, folder):
+    assert trace(open_checkpoint(folder).config, context).context_length == context
 
 
 def test_a_pad_token_does_not_stop(folder):

@@ -63,8 +63,9 @@ def test_every_public_name_resolves():
     "first", ["import pocketlm.generate", "import pocketlm.chat", "import pocketlm; pocketlm.Piece"]
 )
 def test_the_functions_are_not_hidden_by_their_modules(first):
-    code = f"{first}\nimport pocketlm\nassert callable(pocketlm.generate) and callable(pocketlm.chat) and callable(pocketlm.open)"
-    modules_after(code)
+    modules_after(
+        f"{first}\nimport pocketlm\nassert all(map(callable, (pocketlm.generate, pocketlm.chat, pocketlm.open)))"
+    )
 
 
 def test_an_unknown_name_is_an_attribute_error():

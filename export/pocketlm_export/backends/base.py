@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from pocketlm.errors import InputError
 from pocketlm_export.architectures import DecoderConfig
 from pocketlm_export.checkpoint.generation import Generation
@@ -17,7 +20,7 @@ from pocketlm_export.graph.graph import Graph
 from pocketlm_export.quantization.schemes import SchemeRow
 from pocketlm_export.quantization.weights import Weights
 
-__all__ = ["TARGETS", "Artifact", "Backend", "Entry", "Lowering", "load_backend"]
+__all__ = ["TARGETS", "Artifact", "Backend", "Entry", "Lowering", "WrittenMatrix", "load_backend"]
 
 TARGETS = ("onnx", "executorch", "coreml")
 
@@ -56,6 +59,30 @@ class Lowering:
     generation: Generation
     tokenizer_files: Mapping[str, Path]
     progress: Callable[[str, int], None] = field(default=lambda _name, _elements: None)
+
+    @property
+    def dropped_windows(self) -> tuple[str, ...]:
+        """A note on each sliding window that no artifact has, because the exported context fits into it."""
+        context = self.graph.context_length
+        windows = sorted({layer.window for layer in self.config.layers if layer.window is not None})
+        return tuple(
+            f"sliding window {window} dropped: the context of {context} fits into it"
+            for window in windows
+            if window >= context
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenMatrix:
+    """A quantized matrix as a backend's reader finds it in a written artifact, in the weight store's convention.
+
+    ``codes`` int8 ``[N, K]``, signed; ``scales`` float32 ``[N, groups]``; ``name`` is the artifact's own.
+    """
+
+    name: str
+    bits: int
+    codes: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
 
 
 class Backend(Protocol):

@@ -45,7 +45,7 @@ def _sampling_value(fields: Fields, key: str) -> bool | int | float | None:
         return fields.flag(key, False)
     if key == "top_k":
         return fields.integer(key, 0, least=0)
-    return fields.number(key, 1.0, positive=key == "repetition_penalty" or False)
+    return fields.number(key, 1.0, positive=key == "repetition_penalty")
 
 
 def _ids(fields: Fields, key: str, vocabulary_size: int) -> list[int]:

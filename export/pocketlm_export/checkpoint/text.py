@@ -1,14 +1,15 @@
 """The checkpoint's tokenizer and chat template, opened and tried before any work is done."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pocketlm.errors import CheckpointError
 from pocketlm.template import ChatTemplate
 from pocketlm.tokenizer import Tokenizer
 from pocketlm_export.checkpoint.checkpoint import Checkpoint
+from pocketlm_export.checkpoint.generation import Generation
 
-__all__ = ["TextFiles", "open_text"]
+__all__ = ["TextFiles", "open_text", "with_tokenizer_stop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +39,15 @@ def open_text(checkpoint: Checkpoint, accept: Collection[str] = ()) -> TextFiles
     if template is not None:
         template.render([{"role": "user", "content": "Hello"}])
     return TextFiles(tokenizer, template)
+
+
+def with_tokenizer_stop(generation: Generation, tokenizer: Tokenizer) -> Generation:
+    """``generation`` with the tokenizer's end-of-sequence token among the stop ids.
+
+    A fine-tune that adds a turn token often names it there only.
+    """
+    token = tokenizer.special_tokens.get("eos_token")
+    token_id = tokenizer.token_id(token) if token is not None else None
+    if token_id is None:
+        return generation
+    return replace(generation, stop_ids=tuple(sorted({*generation.stop_ids, token_id})))

@@ -38,7 +38,11 @@ def trace(config: DecoderConfig, context_length: int) -> Graph:
     """The graph of ``config`` for caches of ``context_length`` positions."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Decoder(config, context_length).eval()
-        example = (torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, dtype=torch.long), model.make_caches())
+        example = (
+            torch.zeros(1, min(8, context_length), dtype=torch.long),
+            torch.zeros(1, dtype=torch.long),
+            model.make_caches(),
+        )
         sequence = torch.export.Dim("sequence", min=1, max=max(2, context_length))
         shapes = ({1: sequence}, None, [None] * len(example[2]))
         program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)

@@ -13,20 +13,11 @@ import numpy.typing as npt
 
 from pocketlm.errors import BundleError
 from pocketlm.runtimes.coreml_interpreter.package import ELEMENT_TYPES, Package, element_type_name, unpack_bits
+from pocketlm_export.backends.base import WrittenMatrix
 
-__all__ = ["WrittenMatrix", "WrittenOperator", "WrittenPackage"]
+__all__ = ["WrittenOperator", "WrittenPackage"]
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenMatrix:
-    """``codes`` int8 ``[N, K]``, signed; ``scales`` float32 ``[N, groups]``. ``name`` is the program's."""
-
-    name: str
-    bits: int
-    codes: npt.NDArray[np.int8]
-    scales: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)

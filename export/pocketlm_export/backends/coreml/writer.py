@@ -56,18 +56,12 @@ def write_package(lowering: Lowering, package: Path, form: AttentionForm = "expl
 
 
 def _notes(lowering: Lowering, form: AttentionForm, longest_call: int) -> tuple[str, ...]:
-    context = lowering.graph.context_length
-    windows = {layer.window for layer in lowering.config.layers if layer.window is not None}
     return (
         f"attention is {FORMS[form]}; iOS 26 devices gave wrong numbers for the fused one and for quantized embeddings "
         "(executorch issue 15833), and no hardware has run this package",
         f"functions: prefill (1 to {longest_call} tokens, logits of the last), decode (one token), score (as prefill, "
         "logits of all); one state serves all three",
-        *(
-            f"sliding window {window} dropped: the context of {context} fits into it"
-            for window in sorted(windows)
-            if window >= context
-        ),
+        *lowering.dropped_windows,
     )
 
 

@@ -102,13 +102,7 @@ def _notes(lowering: Lowering, longest_call: int) -> tuple[str, ...]:
             f"calls take up to {longest_call} tokens; ExecuTorch's own runner splits longer prompts, but does not stop "
             f"at the context of {context}: there, bound prompt and new tokens yourself"
         )
-    windows = {layer.window for layer in lowering.config.layers if layer.window is not None}
-    notes += [
-        f"sliding window {window} dropped: the context of {context} fits into it"
-        for window in sorted(windows)
-        if window >= context
-    ]
-    return tuple(notes)
+    return (*notes, *lowering.dropped_windows)
 
 
 def libraries() -> Mapping[str, str]:

@@ -7,7 +7,6 @@ import json
 import mmap
 import struct
 import tempfile
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import BundleError
+from pocketlm_export.backends.base import WrittenMatrix
 from pocketlm_export.backends.executorch.importing import (
     ScalarType,
     XNNHeader,
@@ -25,7 +25,7 @@ from pocketlm_export.backends.executorch.importing import (
     xnnpack_schema_source,
 )
 
-__all__ = ["Matrix", "PteFile", "XnnpackPayload"]
+__all__ = ["PteFile", "XnnpackPayload"]
 
 DTYPES: dict[ScalarType, str] = {
     ScalarType.FLOAT: "<f4",
@@ -36,14 +36,6 @@ DTYPES: dict[ScalarType, str] = {
 }
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """``codes`` int8 ``[N, K]``, ``scales`` float32 ``[N, groups]``: the value is code times scale."""
-
-    codes: npt.NDArray[np.int8]
-    scales: npt.NDArray[np.float32]
 
 
 class XnnpackPayload:
@@ -120,12 +112,12 @@ class PteFile:
         content = self.segment(where.segment_index)[start : start + int(np.prod(tensor.sizes)) * dtype.itemsize]
         return content.view(dtype).reshape(tensor.sizes)
 
-    def entry(self, name: str) -> Matrix | npt.NDArray[np.float32]:
+    def entry(self, name: str) -> WrittenMatrix | npt.NDArray[np.float32]:
         """An entry of the manifest: a quantized matrix, or float32 values (a matrix, or vectors end to end)."""
         kind, _, index = name.partition("/")
         return self._constant_entry(int(index)) if kind == "constant" else self._named_entry(name)
 
-    def _constant_entry(self, index: int) -> Matrix | npt.NDArray[np.float32]:
+    def _constant_entry(self, index: int) -> WrittenMatrix | npt.NDArray[np.float32]:
         values = self.constant(index)
         for call in self._kernel_calls():
             operator = self.forward.operators[call.op_index].name
@@ -134,10 +126,10 @@ class PteFile:
                 scales = self.constant(self.forward.values[call.args[1]].val.data_buffer_idx).astype(np.float32)
                 if operator.endswith("4bit"):  # code + 8, the even column in the high nibble
                     values = _interleave(values >> 4, values & 15)
-                return Matrix(values.view(np.int8), scales)
+                return WrittenMatrix(operator, 4 if operator.endswith("4bit") else 8, values.view(np.int8), scales)
         return values.astype(np.float32)
 
-    def _named_entry(self, key: str) -> Matrix | npt.NDArray[np.float32]:
+    def _named_entry(self, key: str) -> WrittenMatrix | npt.NDArray[np.float32]:
         for delegate in self.delegates:
             found = delegate.find(key)
             if found is None:
@@ -148,11 +140,15 @@ class PteFile:
                 return content.view("<f4").reshape(dims)
             scales = self.segment(self.named[delegate.key(quantization["scale_buffer_idx"])])
             if tensor["datatype"] == "xnn_datatype_qcint8":
-                return Matrix(content.view(np.int8).reshape(dims), scales.view("<f4").reshape(dims[0], -1))
+                return WrittenMatrix(
+                    key, 8, content.view(np.int8).reshape(dims), scales.view("<f4").reshape(dims[0], -1)
+                )
             if tensor["datatype"] == "xnn_datatype_qbint4":  # code + 8, the even column in the low nibble
                 packed = content.reshape(dims[0], -1)
                 wide = scales.view("<u2").astype(np.uint32) << 16
-                return Matrix(_interleave(packed & 15, packed >> 4), wide.view(np.float32).reshape(dims[0], -1))
+                return WrittenMatrix(
+                    key, 4, _interleave(packed & 15, packed >> 4), wide.view(np.float32).reshape(dims[0], -1)
+                )
             raise BundleError(f"{self.path}: {key}: unknown datatype {tensor['datatype']}")
         raise BundleError(f"{self.path}: no delegate reads {key!r}")
 

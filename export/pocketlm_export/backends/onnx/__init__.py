@@ -80,7 +80,10 @@ def write(lowering: Lowering, folder: Path) -> Artifact:
         longest_call=call,
         rows=call,
         entries=entries(graph, models.layout),
-        notes=tuple(f"onnxruntime-genai has no {key}: genai_config.json leaves it out" for key in unknown),
+        notes=(
+            *(f"onnxruntime-genai has no {key}: genai_config.json leaves it out" for key in unknown),
+            *lowering.dropped_windows,
+        ),
     )
 
 

@@ -13,19 +13,9 @@ import numpy.typing as npt
 import onnx
 
 from pocketlm.errors import BundleError
+from pocketlm_export.backends.base import WrittenMatrix
 
-__all__ = ["OnnxFile", "WrittenMatrix", "WrittenNode", "read_weights"]
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenMatrix:
-    """``codes`` int8 ``[N, K]``, signed; ``scales`` float32 ``[N, groups]``, of one group where all of a row are equal
-    and ``bits`` is 8. ``name`` is the initializer's."""
-
-    name: str
-    bits: int
-    codes: npt.NDArray[np.int8]
-    scales: npt.NDArray[np.float32]
+__all__ = ["OnnxFile", "WrittenNode", "read_weights"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +87,10 @@ class OnnxFile:
         return np.memmap(file, dtype, "r", offset, tuple(constant.dims))
 
     def matrices(self) -> Iterator[WrittenMatrix]:
-        """Every quantized matrix, in the order of the operators that read it, once for each."""
+        """Every quantized matrix, in the order of the operators that read it, once for each.
+
+        An int8 matrix whose scales are equal along every row has one group.
+        """
         for node in self.nodes:
             match node.operator:
                 case "com.microsoft.MatMulNBits":
