@@ -13,7 +13,7 @@ SMOLLM2 := build/smollm2.pocketlm
 demo: $(BIN)/.installed-all
 	$(BIN)/pocketlm export mobile_demo/model/checkpoint --output $(DEMO) --force
 	@for runtime in executorch onnx coreml; do \
-	  echo; $(BIN)/pocketlm run $(DEMO) --runtime $$runtime --raw --prompt @mobile_demo/prompt.py --max-new-tokens 40 --temperature 0 || exit 1; \
+	  echo; $(BIN)/pocketlm run $(DEMO) --runtime $$runtime --raw --prompt @mobile_demo/prompt.txt --max-new-tokens 40 --temperature 0 || exit 1; \
 	done
 
 demo-smollm2: $(BIN)/.installed-smollm2

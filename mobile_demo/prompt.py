@@ -1,2 +1,0 @@
-def read_lines(path):
-    """Return the lines of a file as a list of strings."""
