@@ -119,7 +119,7 @@ def _print_checkpoint(description: Mapping[str, Any]) -> None:
         return
     model = description["model"]
     windows = f", windows of {', '.join(map(str, model['windows']))}" if model["windows"] else ""
-    answers = {True: "supported", None: "export asks it before any work; --check asks now"}
+    answers = {True: "supported", None: "architecture known; --check asks this target, export does so before any work"}
     print_table(
         (
             ("checkpoint", description["path"]),
