@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from pocketlm.errors import InputError, UnsupportedError
-from pocketlm.generate import Piece, TextBundle, bundle_of, stream
+from pocketlm.generate import Piece, bundle_of, stream
 from pocketlm.sampling import Sampling
-from pocketlm.session import Session
+from pocketlm.session import Session, TextBundle
 
 __all__ = ["chat"]
 

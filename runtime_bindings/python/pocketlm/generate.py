@@ -1,44 +1,22 @@
 """A prompt continued, one token at a time, over any session."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from pocketlm.detokenize import Detokenizer
 from pocketlm.errors import ContextLengthError, InputError, PocketLMError
 from pocketlm.sampling import Sampler, Sampling
-from pocketlm.session import Session
+from pocketlm.session import Session, TextBundle
 from pocketlm.stop import StopStrings
-from pocketlm.template import ChatTemplate
 from pocketlm.tokenizer import Tokenizer
 
-__all__ = ["FinishReason", "Piece", "TextBundle", "generate"]
+__all__ = ["FinishReason", "Piece", "generate"]
 
 FinishReason = Literal["stop", "length", "context"]
-
-
-class TextBundle(Protocol):
-    """What generating text needs of a bundle."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def chat_template(self) -> ChatTemplate | None: ...
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Ids that end a generation."""
-
-    @property
-    def default_sampling(self) -> Mapping[str, object]:
-        """The stated keys of generation_config.json, ``do_sample`` among them."""
-
-    def session(self) -> Session:
-        """A fresh session over the runtime of first choice, whose ``bundle`` is this one."""
 
 
 @dataclass(frozen=True)

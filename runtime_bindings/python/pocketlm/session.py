@@ -2,10 +2,10 @@
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,31 @@ import numpy.typing as npt
 from pocketlm.errors import ContextLengthError, InputError, PocketLMError
 
 if TYPE_CHECKING:
-    from pocketlm.generate import TextBundle
+    from pocketlm.template import ChatTemplate
+    from pocketlm.tokenizer import Tokenizer
 
-__all__ = ["Session"]
+__all__ = ["Session", "TextBundle"]
+
+
+class TextBundle(Protocol):
+    """What generating text needs of a bundle."""
+
+    @property
+    def tokenizer(self) -> "Tokenizer": ...
+
+    @property
+    def chat_template(self) -> "ChatTemplate | None": ...
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a generation."""
+
+    @property
+    def default_sampling(self) -> Mapping[str, object]:
+        """The stated keys of generation_config.json, ``do_sample`` among them."""
+
+    def session(self) -> "Session":
+        """A fresh session over the runtime of first choice, whose ``bundle`` is this one."""
 
 
 class Session(ABC):
