@@ -86,6 +86,7 @@ class Checkpoint:
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for name in sorted(weights):
             digest.update(f"{name} {self.tensors.digest(name)}\n".encode())
+            self.tensors.source(name).release(name)
         return digest.hexdigest()
 
     def check_tensors(self, weights: Mapping[str, WeightInfo], accept: Collection[str] = ()) -> None:
