@@ -81,6 +81,11 @@ def test_the_best_token_is_always_among_the_kept(logits, temperature, top_k, top
     assert sampler.sample(scores, []) in tokens
 
 
+def test_the_best_token_is_kept_where_probabilities_round_to_the_same() -> None:
+    tokens, _ = Sampler(Sampling(1.0, top_p=0.0)).distribution(np.array([0.0, -1.2e-38], np.float32), [])
+    assert tokens.tolist() == [0]
+
+
 def test_temperature_0_is_greedy_after_the_repetition_penalty() -> None:
     logits = np.array([1.0, 4.0, 3.9, -1.0], np.float32)
     assert Sampler(Sampling(0)).sample(logits, [1]) == 1

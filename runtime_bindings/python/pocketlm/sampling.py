@@ -121,7 +121,7 @@ class Sampler:
         if 0 < options.top_k < scores.size:
             tokens = np.flatnonzero(scores >= np.partition(scores, -options.top_k)[-options.top_k])
         if options.top_p < 1:
-            tokens = tokens[_top_p(_softmax(scores[tokens]), options.top_p)]
+            tokens = tokens[_top_p(scores[tokens], options.top_p)]
         if options.min_p > 0:
             probabilities = _softmax(scores[tokens])
             tokens = tokens[probabilities >= options.min_p * probabilities.max()]
@@ -133,8 +133,9 @@ def _softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.asarray(weights / weights.sum(), np.float64)
 
 
-def _top_p(probabilities: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.bool_]:
-    """Which to keep: all but the least likely whose sum is at most ``1 - top_p``."""
+def _top_p(scores: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.bool_]:
+    """Which to keep: all but the least likely whose probabilities' sum is at most ``1 - top_p``."""
+    probabilities = _softmax(scores)
     head = np.arange(probabilities.size)
     tail = 0.0
     if probabilities.size > _HEAD:  # sorting a few instead of a whole vocabulary, if the others go anyway
@@ -142,7 +143,8 @@ def _top_p(probabilities: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[
         rest = float(probabilities[~likely].sum())
         if rest <= 1 - top_p:
             head, tail = np.flatnonzero(likely), rest
-    order = head[np.argsort(probabilities[head], kind="stable")]
+    # By score: it still tells tokens apart whose probabilities are rounded to the same number.
+    order = head[np.argsort(scores[head], kind="stable")]
     kept = tail + np.cumsum(probabilities[order]) > 1 - top_p
     kept[-1] = True
     result = np.zeros(probabilities.size, np.bool_)
