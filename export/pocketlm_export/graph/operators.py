@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -45,7 +45,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor
 
 
 @rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -115,21 +115,21 @@ def attention(
 @attention.register_fake
 def _(
     q: Tensor,
-    k: Tensor,  # noqa: ARG001
-    v: Tensor,  # noqa: ARG001
-    k_cache: Tensor,  # noqa: ARG001
-    v_cache: Tensor,  # noqa: ARG001
-    position: Tensor,  # noqa: ARG001
-    q_norm: Tensor | None,  # noqa: ARG001
-    k_norm: Tensor | None,  # noqa: ARG001
-    heads: int,  # noqa: ARG001
-    kv_heads: int,  # noqa: ARG001
-    head_dim: int,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    frequencies: Sequence[float],  # noqa: ARG001
-    rotary_scale: float,  # noqa: ARG001
-    window: int,  # noqa: ARG001
-    softcap: float,  # noqa: ARG001
-    norm_epsilon: float,  # noqa: ARG001
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    scale: float,
+    frequencies: Sequence[float],
+    rotary_scale: float,
+    window: int,
+    softcap: float,
+    norm_epsilon: float,
 ) -> Tensor:
     return torch.empty_like(q)

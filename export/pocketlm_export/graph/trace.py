@@ -88,17 +88,17 @@ def _resolve(argument: Any, values: dict[str, Any]) -> Any:
     return values[argument.name] if isinstance(argument, torch.fx.Node) else argument
 
 
-def _embedding(arguments: list[Any], output: Value, layer: int) -> Node:  # noqa: ARG001
+def _embedding(arguments: list[Any], output: Value, layer: int) -> Node:
     ids, weight = arguments
     return Embedding(ids=ids, weight=weight, output=output)
 
 
-def _linear(arguments: list[Any], output: Value, layer: int) -> Node:  # noqa: ARG001
+def _linear(arguments: list[Any], output: Value, layer: int) -> Node:
     x, weight, bias = arguments
     return Linear(x=x, weights=(weight,), biases=(bias,), outputs=(output,))
 
 
-def _rms_norm(arguments: list[Any], output: Value, layer: int) -> Node:  # noqa: ARG001
+def _rms_norm(arguments: list[Any], output: Value, layer: int) -> Node:
     x, weight, epsilon, offset = arguments
     return RmsNorm(x=x, weight=weight, epsilon=epsilon, offset=offset, output=output)
 
@@ -114,18 +114,18 @@ def _attention(arguments: list[Any], output: Value, layer: int) -> Node:
     )  # fmt: skip
 
 
-def _add(arguments: list[Any], output: Value, layer: int) -> Node:  # noqa: ARG001
+def _add(arguments: list[Any], output: Value, layer: int) -> Node:
     left, right = arguments
     return Add(left=left, right=right, output=output)
 
 
-def _multiply(arguments: list[Any], output: Value, layer: int) -> Node:  # noqa: ARG001
+def _multiply(arguments: list[Any], output: Value, layer: int) -> Node:
     left, right = arguments
     return Multiply(left=left, right=right, output=output)
 
 
 def _activation(kind: str) -> Callable[[list[Any], Value, int], Node]:
-    def importer(arguments: list[Any], output: Value, layer: int) -> Node:  # noqa: ARG001
+    def importer(arguments: list[Any], output: Value, layer: int) -> Node:
         (x,) = arguments
         return Activation(kind=kind, x=x, output=output)
 
