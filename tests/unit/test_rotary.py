@@ -8,7 +8,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pocketlm_export.architectures import load_architecture
-from pocketlm_export.checkpoint.fields import Fields
+from pocketlm_export.fields import Fields
 from pocketlm_export.graph.rotary import rotary_tables
 
 SIZES = {

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from pocketlm.errors import UnsupportedError
 from pocketlm_export.architectures._configuration import DecoderConfig
-from pocketlm_export.checkpoint.fields import Fields
+from pocketlm_export.fields import Fields
 
 __all__ = ["Architecture", "DecoderConfig", "known_architectures", "load_architecture"]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pocketlm.errors import UnsupportedError
-from pocketlm_export.checkpoint.fields import Fields
+from pocketlm_export.fields import Fields
 from pocketlm_export.graph.rotary import Rotary, default_frequencies, linear_frequencies, llama3_frequencies
 
 __all__ = ["DecoderConfig", "Defaults", "LayerConfig", "layer_windows", "read_decoder"]

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pocketlm_export.architectures._configuration import DecoderConfig, Defaults, LayerConfig, read_decoder
-from pocketlm_export.checkpoint.fields import Fields
+from pocketlm_export.fields import Fields
 
 
 def configure(fields: Fields) -> DecoderConfig:

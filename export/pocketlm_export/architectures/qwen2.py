@@ -9,7 +9,7 @@ from pocketlm_export.architectures._configuration import (
     layer_windows,
     read_decoder,
 )
-from pocketlm_export.checkpoint.fields import Fields
+from pocketlm_export.fields import Fields
 
 
 def configure(fields: Fields, defaults: Defaults = Defaults(kv_heads=32)) -> DecoderConfig:

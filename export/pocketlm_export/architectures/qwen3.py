@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from pocketlm_export.architectures import qwen2
 from pocketlm_export.architectures._configuration import DecoderConfig, Defaults
-from pocketlm_export.checkpoint.fields import Fields
+from pocketlm_export.fields import Fields
 
 
 def configure(fields: Fields) -> DecoderConfig:

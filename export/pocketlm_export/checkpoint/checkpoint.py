@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from pocketlm.errors import CheckpointError, UnsupportedError
 from pocketlm_export.architectures import DecoderConfig, load_architecture
-from pocketlm_export.checkpoint.fields import Fields, read_json
 from pocketlm_export.checkpoint.generation import Generation, read_generation
 from pocketlm_export.checkpoint.neutral import NEUTRAL_KEYS, NEUTRAL_TENSORS
 from pocketlm_export.checkpoint.tensors import FLOAT_TYPES, TensorFile, shard_paths
+from pocketlm_export.fields import Fields, read_json
 from pocketlm_export.graph.graph import WeightInfo
 
 __all__ = ["Checkpoint", "Tensors", "open_checkpoint"]

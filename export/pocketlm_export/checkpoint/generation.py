@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pocketlm_export.checkpoint.fields import Fields
+from pocketlm_export.fields import Fields
 
 __all__ = ["Generation", "read_generation"]
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import CheckpointError
-from pocketlm_export.checkpoint.fields import read_json
+from pocketlm_export.fields import read_json
 
 __all__ = ["FLOAT_TYPES", "TensorFile", "TensorInfo", "bfloat16_to_float32", "decode_float"]
 
