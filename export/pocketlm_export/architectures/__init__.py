@@ -33,7 +33,7 @@ def load_architecture(model_type: str, source: str) -> Architecture:
     known = known_architectures()
     if not re.fullmatch(r"[a-z][a-z0-9_]*", model_type) or model_type not in known:
         near = get_close_matches(model_type, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise UnsupportedError(
             f"{source}: model_type {model_type[:60]!r} is not supported{hint} Known: {', '.join(known)}"
         )
