@@ -20,7 +20,7 @@ from pocketlm_export.graph.graph import Graph
 from pocketlm_export.quantization.schemes import SchemeRow
 from pocketlm_export.quantization.weights import Weights
 
-__all__ = ["TARGETS", "Artifact", "Backend", "Entry", "Lowering", "WrittenMatrix", "load_backend"]
+__all__ = ["TARGETS", "Artifact", "Backend", "Entry", "Lowering", "WrittenMatrix", "load_backend", "merged_name"]
 
 TARGETS = ("onnx", "executorch", "coreml")
 
@@ -107,3 +107,9 @@ def load_backend(name: str) -> Backend:
         raise InputError(f"unknown target {name!r}; valid: {', '.join(TARGETS)}")
     module: Backend = importlib.import_module(f"pocketlm_export.backends.{name}")
     return module
+
+
+def merged_name(names: tuple[str, ...]) -> str:
+    """``a.q.weight``, ``a.k.weight`` -> ``a.q+k.weight``: the parts that differ, joined."""
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join("+".join(dict.fromkeys(parts)) for parts in columns)

@@ -13,7 +13,7 @@ from pocketlm.errors import CheckpointError, UnsupportedError
 from pocketlm_export.architectures import DecoderConfig, load_architecture
 from pocketlm_export.checkpoint.generation import Generation, read_generation
 from pocketlm_export.checkpoint.neutral import NEUTRAL_KEYS, NEUTRAL_TENSORS
-from pocketlm_export.checkpoint.tensors import FLOAT_TYPES, TensorFile, shard_paths
+from pocketlm_export.checkpoint.tensors import FLOAT_TYPES, TensorFile, foreign_format, open_shards
 from pocketlm_export.fields import Fields, read_json
 from pocketlm_export.graph.graph import WeightInfo
 
@@ -152,12 +152,12 @@ def open_checkpoint(folder: Path, accept: Collection[str] = ()) -> Checkpoint:
         )
     generation_path = folder / "generation_config.json"
     generation = Fields(read_json(generation_path), str(generation_path)) if generation_path.exists() else None
-    open_files = {path: TensorFile(path) for path in sorted(set(shard_paths(folder).values()))}
+    tensors = Tensors(open_shards(folder))
     return Checkpoint(
         folder=folder,
         config=config,
         generation=read_generation(fields, generation, config.vocabulary_size),
-        tensors=Tensors(_assign(folder, open_files)),
+        tensors=tensors,
         tokenizer_files=_tokenizer_files(folder),
         license_files={path.name: path for path in sorted(folder.iterdir()) if _is_license(path)},
     )
@@ -167,14 +167,7 @@ def _read_config(folder: Path) -> Fields:
     path = folder / "config.json"
     if path.exists():
         return Fields(read_json(path), str(path))
-    names = [entry.name for entry in folder.iterdir()]
-    if "adapter_config.json" in names:
-        raise CheckpointError(f"{folder}: a PEFT adapter, not a model: merge it into its base model first")
-    if any(name.endswith(".gguf") for name in names):
-        raise CheckpointError(
-            f"{folder}: holds GGUF, which is already quantized: take the original safetensors checkpoint"
-        )
-    raise CheckpointError(f"{folder}: no config.json: not a Hugging Face checkpoint")
+    raise CheckpointError(foreign_format(folder) or f"{folder}: no config.json: not a Hugging Face checkpoint")
 
 
 def _refuse_quantized(folder: Path, fields: Fields) -> None:
@@ -202,15 +195,6 @@ def _check_head(fields: Fields) -> None:
         )
     if fields.value("model_type") == "phi" and any(key in fields for key in OLD_PHI_KEYS):
         raise UnsupportedError(f"{fields.source}: an old Phi configuration: save it again with transformers >= 4.37")
-
-
-def _assign(folder: Path, files: Mapping[Path, TensorFile]) -> dict[str, TensorFile]:
-    assigned = {}
-    for name, path in shard_paths(folder).items():
-        if name not in files[path].tensors:
-            raise CheckpointError(f"{path}: tensor {name} is missing, but the index promises it")
-        assigned[name] = files[path]
-    return assigned
 
 
 def _tokenizer_files(folder: Path) -> dict[str, Path]:

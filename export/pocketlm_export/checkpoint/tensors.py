@@ -19,7 +19,15 @@ import numpy.typing as npt
 from pocketlm.errors import CheckpointError
 from pocketlm_export.fields import read_json
 
-__all__ = ["FLOAT_TYPES", "TensorFile", "TensorInfo", "bfloat16_to_float32", "decode_float"]
+__all__ = [
+    "FLOAT_TYPES",
+    "TensorFile",
+    "TensorInfo",
+    "bfloat16_to_float32",
+    "decode_float",
+    "foreign_format",
+    "open_shards",
+]
 
 LONGEST_HEADER = 100_000_000  # the limit of the reference implementation
 ITEM_SIZES = {
@@ -172,18 +180,35 @@ class TensorFile:
         return iter(self.tensors)
 
 
-def shard_paths(folder: Path) -> Mapping[str, Path]:
-    """Tensor name to the file that holds it, by the index if there is one, else from ``model.safetensors``.
+def open_shards(folder: Path) -> dict[str, TensorFile]:
+    """Tensor name to the open file that holds it, by the index if there is one, else from ``model.safetensors``.
 
-    A shard outside the folder, a missing one, or an index of pickle files raises :class:`CheckpointError`.
+    A shard outside the folder, a missing one, one that lacks a tensor of the index, or an index of pickle files raises
+    :class:`CheckpointError`.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return _read_index(index)
+        paths = _read_index(index)
+        files = {path: TensorFile(path) for path in sorted(set(paths.values()))}
+        for name, path in paths.items():
+            if name not in files[path].tensors:
+                raise CheckpointError(f"{path}: tensor {name} is missing, but the index promises it")
+        return {name: files[path] for name, path in paths.items()}
     single = folder / "model.safetensors"
     if single.exists():
-        return dict.fromkeys(TensorFile(single), single)
+        file = TensorFile(single)
+        return dict.fromkeys(file, file)
     raise CheckpointError(_explain_missing(folder))
+
+
+def foreign_format(folder: Path) -> str | None:
+    """What ``folder`` holds in place of a checkpoint, and what to do; None if it is nothing that is known."""
+    names = [path.name for path in folder.iterdir()]
+    if "adapter_config.json" in names:
+        return f"{folder}: a PEFT adapter, not a model: merge it into its base model first"
+    if any(name.endswith(".gguf") for name in names):
+        return f"{folder}: holds GGUF, which is already quantized: take the original safetensors checkpoint"
+    return None
 
 
 def _read_index(index: Path) -> dict[str, Path]:
@@ -206,11 +231,10 @@ def _refuse_missing(index: Path, shards: Iterable[Path]) -> None:
 
 
 def _explain_missing(folder: Path) -> str:
+    foreign = foreign_format(folder)
+    if foreign is not None:
+        return foreign
     names = sorted(path.name for path in folder.iterdir())
-    if "adapter_config.json" in names:
-        return f"{folder}: a PEFT adapter, not a model: merge it into its base model first"
-    if any(name.endswith(".gguf") for name in names):
-        return f"{folder}: holds GGUF, which is already quantized: take the original safetensors checkpoint"
     if "consolidated.safetensors" in names:
         return (
             f"{folder}: holds Mistral's consolidated.safetensors only: take the Hugging Face files (model.safetensors)"

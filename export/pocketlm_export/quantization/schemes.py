@@ -23,6 +23,10 @@ class SchemeRow:
     group: int | None
     scale_rule: str
 
+    def groups(self, columns: int) -> int:
+        """How many scales a row of ``columns`` has."""
+        return columns // (self.group or columns)
+
 
 INT4 = SchemeRow("int4", 4, 32, "fit")
 INT8 = SchemeRow("int8", 8, None, "absmax")
@@ -61,4 +65,4 @@ def stored_bits(row: SchemeRow | None, shape: tuple[int, ...]) -> int:
     elements = math.prod(shape)
     if row is None:
         return 32 * elements
-    return elements * row.bits + elements // (row.group or shape[-1]) * 16
+    return elements * row.bits + elements // shape[-1] * row.groups(shape[-1]) * 16

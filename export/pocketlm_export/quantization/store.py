@@ -30,6 +30,7 @@ __all__ = ["LIMIT", "QuantizedTensor", "WeightStore", "default_store"]
 FORMAT = "1"  # of the entries; a change of the rounding is a change of the format
 LIMIT = 32 << 30  # bytes that an export leaves in the store
 ABANDONED_SECONDS = 24 * 3600  # after which an unfinished entry belongs to a process that was killed
+READ_ELEMENTS = 1 << 20
 BLOCK_ELEMENTS = 1 << 19  # float32 temporaries of one block stay in the cache of a core
 
 
@@ -46,6 +47,12 @@ class QuantizedTensor:
     row: SchemeRow
     shape: tuple[int, int]
     file: TensorFile
+
+    def row_ranges(self) -> Iterator[tuple[int, int]]:
+        """``(start, stop)`` of blocks of rows that are read together, in order: about a million codes each."""
+        step = max(1, READ_ELEMENTS // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            yield start, min(start + step, self.shape[0])
 
     def packed(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
         """Bytes of the codes of rows ``start..stop``: int4 ``[n, K/2]`` as packed, int8 ``[n, K]`` as bit patterns."""
@@ -141,7 +148,7 @@ class WeightStore:
         except (CheckpointError, KeyError):
             return None
         rows, columns = shape
-        expected = (rows, columns // 2 if row.bits == 4 else columns), (rows, columns // (row.group or columns))
+        expected = (rows, columns // 2 if row.bits == 4 else columns), (rows, row.groups(columns))
         if (codes.shape, scales.shape) != expected:
             return None
         if file.metadata.get("sha256") != _payload_digest(file):
@@ -162,7 +169,7 @@ class _EntryWriter:
     def __init__(self, path: Path, shape: tuple[int, ...], row: SchemeRow) -> None:
         rows, columns = shape
         self._width = columns // 2 if row.bits == 4 else columns
-        self._groups = columns // (row.group or columns)
+        self._groups = row.groups(columns)
         size = rows * self._width
         self._tensors = {
             "codes": {

@@ -39,15 +39,14 @@ class Weights:
         """The checkpoint's values of a whole tensor, float32: for vectors."""
         return self._tensors.values(name)
 
-    def blocks(self, name: str, elements: int = 1 << 20) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    def blocks(self, name: str) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """``(first row, float32 values)``: what the artifact means, dequantized where it is quantized."""
         found = self._quantized.get(name)
         if found is None:
-            yield from self._tensors.blocks(name, elements)
+            yield from self._tensors.blocks(name)
             return
-        step = max(1, elements // found.shape[1])
-        for start in range(0, found.shape[0], step):
-            yield start, found.dequantized(start, start + step)
+        for start, stop in found.row_ranges():
+            yield start, found.dequantized(start, stop)
 
     def release(self) -> None:
         """Let the kernel drop mapped pages of the checkpoint and the store."""

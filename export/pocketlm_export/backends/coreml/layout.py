@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import UnsupportedError
-from pocketlm_export.backends.base import Entry, Lowering
+from pocketlm_export.backends.base import Entry, Lowering, merged_name
 from pocketlm_export.graph.graph import WeightInfo
 from pocketlm_export.graph.rotary import Rotary, rotary_tables
 
 __all__ = ["Constant", "Layout", "Matrix"]
 
 LARGEST_FLOAT16 = 65504.0
-BLOCK_ELEMENTS = 1 << 20
 ELEMENT_BITS = {"float16": 16, "int8": 8, "int4": 4, "int32": 32}
 Bytes = npt.NDArray[np.uint8]
 
@@ -68,7 +67,7 @@ class Layout:
         name = self._place(weights, [weight.shape[0] for weight in weights])
         if row is None:
             return Matrix(name, self._constant(name, "float16", (rows, columns), lambda: self._values(weights)), None)
-        groups = columns // (row.group or columns)
+        groups = row.groups(columns)
         element = "int4" if row.bits == 4 else "int8"
         return Matrix(
             name,
@@ -124,7 +123,7 @@ class Layout:
     def _place(self, weights: tuple[WeightInfo | None, ...], rows: list[int]) -> str:
         """The name of the entry that holds ``weights``, the i-th ``rows[i]`` rows long."""
         names = tuple(weight.name for weight in weights if weight is not None)
-        entry = _joined(names)
+        entry = re.sub(r"[^A-Za-z0-9_]", "_", merged_name(names))  # what MIL accepts
         if self._holders.setdefault(entry, names) != names:
             raise UnsupportedError(f"coreml: {names[0]} and {self._holders[entry][0]} would both be named {entry}")
         first = 0
@@ -136,21 +135,21 @@ class Layout:
 
     def _values(self, weights: tuple[WeightInfo, ...]) -> Iterator[Bytes]:
         for weight in weights:
-            for start, values in self.lowering.weights.blocks(weight.name, BLOCK_ELEMENTS):
+            for start, values in self.lowering.weights.blocks(weight.name):
                 yield _float16(weight.name, values, start)
             self._done(weight)
 
     def _codes(self, weights: tuple[WeightInfo, ...]) -> Iterator[Bytes]:
         for weight in weights:
             tensor = self.lowering.weights.quantized(weight.name)
-            for start, stop in _ranges(weight):
+            for start, stop in tensor.row_ranges():
                 yield _bytes(tensor.packed(start, stop))
             self._done(weight)
 
     def _scales(self, weights: tuple[WeightInfo, ...]) -> Iterator[Bytes]:
         for weight in weights:
             tensor = self.lowering.weights.quantized(weight.name)
-            for start, stop in _ranges(weight):
+            for start, stop in tensor.row_ranges():
                 scales = tensor.scales(start, stop)
                 if float(scales.max()) * 2 ** (tensor.row.bits - 1) > LARGEST_FLOAT16:
                     _float16(weight.name, tensor.dequantized(start, stop), start)
@@ -158,19 +157,6 @@ class Layout:
 
     def _done(self, weight: WeightInfo) -> None:
         self.lowering.progress(weight.name, math.prod(weight.shape))
-
-
-def _joined(names: tuple[str, ...]) -> str:
-    """A name that MIL accepts: ``a.q.weight`` and ``a.k.weight`` -> ``a_q_k_weight``."""
-    columns = zip(*(name.split(".") for name in names), strict=False)
-    return re.sub(r"[^A-Za-z0-9_]", "_", "_".join("_".join(dict.fromkeys(column)) for column in columns))
-
-
-def _ranges(weight: WeightInfo) -> Iterator[tuple[int, int]]:
-    rows, columns = weight.shape
-    step = max(1, BLOCK_ELEMENTS // columns)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 def _bytes(content: npt.NDArray[Any]) -> Bytes:

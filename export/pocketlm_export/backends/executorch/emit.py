@@ -63,7 +63,7 @@ def _embedding(emitter: Emitter, node: Embedding) -> None:
         scales = packing.scales([name], "float16" if half else "float32")
         emitter.table = Table(codes, None if half else scales)
         weight = method.constant((rows, width // (8 // row.bits)), ScalarType.BYTE if half else ScalarType.CHAR, codes)
-        groups = width // (row.group or width)
+        groups = row.groups(width)
         steps = method.constant((rows, groups), ScalarType.HALF if half else ScalarType.FLOAT, scales)
         lowest, highest = -(2 ** (row.bits - 1)), 2 ** (row.bits - 1) - 1
         method.kernel(

@@ -15,8 +15,6 @@ from pocketlm_export.quantization.weights import Weights
 
 __all__ = ["Packing", "Piece", "array_piece"]
 
-BLOCK_BYTES = 1 << 21
-
 Array = npt.NDArray[Any]
 
 
@@ -77,10 +75,9 @@ class Packing:
         widths = [tensor.shape[1] * tensor.row.bits // 8 for tensor in tensors]
 
         def blocks() -> Iterator[Array]:
-            for name, tensor, width in zip(names, tensors, widths, strict=True):
-                step = max(1, BLOCK_BYTES // width)
-                for start in range(0, tensor.shape[0], step):
-                    yield pack(tensor.packed(start, start + step))
+            for name, tensor in zip(names, tensors, strict=True):
+                for start, stop in tensor.row_ranges():
+                    yield pack(tensor.packed(start, stop))
                 self.progress(name, tensor.shape[0] * tensor.shape[1])
 
         return Piece(sum(tensor.shape[0] * width for tensor, width in zip(tensors, widths, strict=True)), blocks)
@@ -94,15 +91,15 @@ class Packing:
             for tensor in tensors:
                 yield convert(tensor.scales())
 
-        groups = sum(tensor.shape[0] * (tensor.shape[1] // (tensor.row.group or tensor.shape[1])) for tensor in tensors)
-        return Piece(groups * itemsize, blocks)
+        count = sum(tensor.shape[0] * tensor.row.groups(tensor.shape[1]) for tensor in tensors)
+        return Piece(count * itemsize, blocks)
 
     def values(self, names: Sequence[str]) -> Piece:
         """The float32 values of unquantized matrices, one below the other."""
 
         def blocks() -> Iterator[Array]:
             for name in names:
-                for _, values in self.weights.blocks(name, BLOCK_BYTES // 4):
+                for _, values in self.weights.blocks(name):
                     yield values
                 self.progress(name, int(np.prod(self.weights.shape(name))))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import mul
 
+from pocketlm_export.backends.base import merged_name
 from pocketlm_export.graph.rotary import Rotary
 from pocketlm_export.quantization.schemes import SchemeRow
 
@@ -22,7 +23,6 @@ __all__ = [
     "Scales",
     "Table",
     "Vector",
-    "merged_name",
 ]
 
 DATA_FILE = "model.onnx.data"
@@ -156,9 +156,3 @@ class Layout:
             case Table():
                 tables = sum(isinstance(other, Table) for other in self._regions)
                 return f"rotary.{tables // 2}.{content.part}"
-
-
-def merged_name(names: tuple[str, ...]) -> str:
-    """``a.q.weight``, ``a.k.weight`` -> ``a.q+k.weight``: the parts that differ, joined."""
-    columns = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join("+".join(dict.fromkeys(parts)) for parts in columns)

@@ -13,7 +13,6 @@ from pocketlm_export.quantization.weights import Weights
 
 __all__ = ["write_data"]
 
-BLOCK_BYTES = 4 << 20
 RELEASE_BYTES = 64 << 20  # mapped pages count as resident until they are released
 Blocks = Iterator[npt.NDArray[Any]]
 
@@ -56,9 +55,8 @@ def _codes(content: Codes, weights: Weights) -> Blocks:
     width = content.shape[1] * content.shape[2]
     for name in content.weights:
         tensor = weights.quantized(name)
-        step = max(1, BLOCK_BYTES // width)
-        for start in range(0, tensor.shape[0], step):
-            packed = tensor.packed(start, start + step) ^ flip
+        for start, stop in tensor.row_ranges():
+            packed = tensor.packed(start, stop) ^ flip
             yield np.pad(packed, ((0, 0), (0, width - packed.shape[1])), constant_values=flip)
 
 
@@ -66,9 +64,8 @@ def _scales(content: Scales, weights: Weights) -> Blocks:
     blocks = content.codes.blocks
     for name in content.codes.weights:
         tensor = weights.quantized(name)
-        step = max(1, BLOCK_BYTES // (4 * blocks))
-        for start in range(0, tensor.shape[0], step):
-            scales = tensor.scales(start, start + step)
+        for start, stop in tensor.row_ranges():
+            scales = tensor.scales(start, stop)
             yield np.repeat(scales, blocks // scales.shape[1], axis=1)
 
 
