@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from pocketlm.errors import InputError
 from pocketlm_export.architectures import DecoderConfig
 from pocketlm_export.checkpoint.generation import Generation
@@ -20,7 +17,7 @@ from pocketlm_export.graph.graph import Graph
 from pocketlm_export.quantization.schemes import SchemeRow
 from pocketlm_export.quantization.weights import Weights
 
-__all__ = ["TARGETS", "Artifact", "Backend", "Entry", "Lowering", "WrittenMatrix", "load_backend", "merged_name"]
+__all__ = ["TARGETS", "Artifact", "Backend", "Entry", "Lowering", "load_backend", "merged_name"]
 
 TARGETS = ("onnx", "executorch", "coreml")
 
@@ -70,19 +67,6 @@ class Lowering:
             for window in windows
             if window >= context
         )
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenMatrix:
-    """A quantized matrix as a backend's reader finds it in a written artifact, in the weight store's convention.
-
-    ``codes`` int8 ``[N, K]``, signed; ``scales`` float32 ``[N, groups]``; ``name`` is the artifact's own.
-    """
-
-    name: str
-    bits: int
-    codes: npt.NDArray[np.int8]
-    scales: npt.NDArray[np.float32]
 
 
 class Backend(Protocol):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pocketlm.errors import BundleError
 from pocketlm.runtimes.coreml_interpreter.package import ELEMENT_TYPES, Package, element_type_name, unpack_bits
-from pocketlm_export.backends.base import WrittenMatrix
+from pocketlm_export.backends.reading import WrittenMatrix
 
 __all__ = ["WrittenOperator", "WrittenPackage"]
 

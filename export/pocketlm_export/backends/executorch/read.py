@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import BundleError
-from pocketlm_export.backends.base import WrittenMatrix
+from pocketlm_export.backends.reading import WrittenMatrix
 from pocketlm_export.backends.executorch.importing import (
     ScalarType,
     XNNHeader,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 
 from pocketlm.errors import BundleError
-from pocketlm_export.backends.base import WrittenMatrix
+from pocketlm_export.backends.reading import WrittenMatrix
 
 __all__ = ["OnnxFile", "WrittenNode", "read_weights"]
 
