@@ -132,7 +132,7 @@ class Fact:
 
     node: str
     name: str
-    value: int | float | str | None | Array
+    value: int | float | str | Array | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import BundleError
-from pocketlm_export.backends.reading import WrittenMatrix
 from pocketlm_export.backends.executorch.importing import (
     ScalarType,
     XNNHeader,
@@ -24,6 +23,7 @@ from pocketlm_export.backends.executorch.importing import (
     schema,
     xnnpack_schema_source,
 )
+from pocketlm_export.backends.reading import WrittenMatrix
 
 __all__ = ["PteFile", "XnnpackPayload"]
 
