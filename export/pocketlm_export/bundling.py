@@ -93,6 +93,10 @@ class BundleWriter:
             (folder / path.parent.name).mkdir(exist_ok=True)
             shutil.copyfile(path, folder / path.parent.name / path.name)
 
+    def add_configuration(self, checkpoint: Checkpoint) -> None:
+        """The model's config.json: what the graph can be made from again, to verify without the checkpoint."""
+        shutil.copyfile(checkpoint.folder / "config.json", self._folder / "config.json")
+
     def add_licenses(self, checkpoint: Checkpoint) -> None:
         """The model's own licence files."""
         for name, path in checkpoint.license_files.items():
@@ -126,12 +130,14 @@ class BundleWriter:
             files=self._records(),
             provenance=Provenance(
                 checkpoint_sha256=checkpoint.digest(needed),
+                accepted=sorted(options.accept),
                 pocketlm=importlib.metadata.version("pocketlm"),
                 libraries=dict(sorted(libraries.items())),
             ),
             weights={
                 name: Weight(
                     scheme=_scheme_name(weights.row(name)),
+                    sha256=weights.sha256(name),
                     shape=list(weight.shape),
                     places={
                         target: Place(entry=artifact.entries[name].name, first_row=artifact.entries[name].first_row)

@@ -80,6 +80,7 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
         write_golden(writer.folder("golden"), text, checkpoint.config, graph, weights)
 
         progress.stage("finish", 0)
+        writer.add_configuration(checkpoint)
         writer.add_tokenizer(checkpoint)
         writer.add_licenses(checkpoint)
         writer.add_manifest(checkpoint, graph, options, weights, artifacts, libraries)

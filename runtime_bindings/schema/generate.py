@@ -1,12 +1,21 @@
-"""Write manifest.schema.json anew from the Python types: ``python runtime_bindings/schema/generate.py``."""
+"""Write the JSON schemas anew from the Python types: ``python runtime_bindings/schema/generate.py``."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from pocketlm.certificate import Certificate
 from pocketlm.manifest import FORMAT_MAJOR, Manifest
 
-SCHEMA = Path(__file__).with_name("manifest.schema.json")
+FOLDER = Path(__file__).parent
+SCHEMAS: dict[str, type[BaseModel]] = {"manifest": Manifest, "certificate": Certificate}
+
+
+def path(name: str) -> Path:
+    """Where the schema of ``name``.json lies."""
+    return FOLDER / f"{name}.schema.json"
 
 
 def _close(node: Any) -> None:
@@ -18,13 +27,14 @@ def _close(node: Any) -> None:
             _close(value)
 
 
-def render() -> str:
+def render(name: str) -> str:
     """The schema's text."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **SCHEMAS[name].model_json_schema()}
     _close(schema)
-    schema["title"] = f"manifest.json of a PocketLM bundle, format {FORMAT_MAJOR}"
+    schema["title"] = f"{name}.json of a PocketLM bundle, format {FORMAT_MAJOR}"
     return json.dumps(schema, indent=1) + "\n"
 
 
 if __name__ == "__main__":
-    SCHEMA.write_text(render(), encoding="utf-8")
+    for name in SCHEMAS:
+        path(name).write_text(render(name), encoding="utf-8")

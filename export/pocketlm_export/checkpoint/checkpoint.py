@@ -17,7 +17,7 @@ from pocketlm_export.checkpoint.tensors import FLOAT_TYPES, TensorFile, foreign_
 from pocketlm_export.fields import Fields, read_json
 from pocketlm_export.graph.graph import WeightInfo
 
-__all__ = ["Checkpoint", "Tensors", "open_checkpoint"]
+__all__ = ["Checkpoint", "Tensors", "open_checkpoint", "read_configuration"]
 
 QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
 OLD_PHI_KEYS = ("n_embd", "n_head", "n_layer", "n_inner", "n_positions")
@@ -136,6 +136,25 @@ def open_checkpoint(folder: Path, accept: Collection[str] = ()) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder" if folder.exists() else f"{folder}: no such folder")
+    fields, config = read_configuration(folder, accept)
+    generation_path = folder / "generation_config.json"
+    generation = Fields(read_json(generation_path), str(generation_path)) if generation_path.exists() else None
+    tensors = Tensors(open_shards(folder))
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        generation=read_generation(fields, generation, config.vocabulary_size),
+        tensors=tensors,
+        tokenizer_files=_tokenizer_files(folder),
+        license_files={path.name: path for path in sorted(folder.iterdir()) if _is_license(path)},
+    )
+
+
+def read_configuration(folder: Path, accept: Collection[str] = ()) -> tuple[Fields, DecoderConfig]:
+    """config.json of ``folder``, as fields and as what the model is made from; ``accept`` names keys to ignore.
+
+    Raises :class:`CheckpointError` or :class:`UnsupportedError` naming the file and the key.
+    """
     fields = _read_config(folder)
     _refuse_quantized(folder, fields)
     model_type = fields.value("model_type")
@@ -150,17 +169,7 @@ def open_checkpoint(folder: Path, accept: Collection[str] = ()) -> Checkpoint:
             f"{fields.source}: unknown key {', '.join(map(repr, unknown[:3]))}: it may change the model. "
             f"If it doesn't: --accept {unknown[0]}"
         )
-    generation_path = folder / "generation_config.json"
-    generation = Fields(read_json(generation_path), str(generation_path)) if generation_path.exists() else None
-    tensors = Tensors(open_shards(folder))
-    return Checkpoint(
-        folder=folder,
-        config=config,
-        generation=read_generation(fields, generation, config.vocabulary_size),
-        tensors=tensors,
-        tokenizer_files=_tokenizer_files(folder),
-        license_files={path.name: path for path in sorted(folder.iterdir()) if _is_license(path)},
-    )
+    return fields, config
 
 
 def _read_config(folder: Path) -> Fields:

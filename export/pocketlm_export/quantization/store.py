@@ -25,13 +25,30 @@ from pocketlm_export.checkpoint.tensors import TensorFile, bfloat16_to_float32
 from pocketlm_export.quantization.rounding import pack_nibbles, quantize_rows, unpack_nibbles
 from pocketlm_export.quantization.schemes import SchemeRow
 
-__all__ = ["LIMIT", "QuantizedTensor", "WeightStore", "default_store"]
+__all__ = ["LIMIT", "ContentDigest", "QuantizedTensor", "WeightStore", "default_store"]
 
 FORMAT = "1"  # of the entries; a change of the rounding is a change of the format
 LIMIT = 32 << 30  # bytes that an export leaves in the store
 ABANDONED_SECONDS = 24 * 3600  # after which an unfinished entry belongs to a process that was killed
 READ_ELEMENTS = 1 << 20
 BLOCK_ELEMENTS = 1 << 19  # float32 temporaries of one block stay in the cache of a core
+
+
+class ContentDigest:
+    """What a quantized matrix is known by: the sha256 of two hashes, of its codes as packed here and of its scales as
+    bfloat16, both given in order, in any number of blocks."""
+
+    def __init__(self) -> None:
+        self._codes, self._scales = hashlib.sha256(), hashlib.sha256()
+
+    def update(self, packed: bytes | memoryview, scales: bytes | memoryview) -> None:
+        """The next rows."""
+        self._codes.update(packed)
+        self._scales.update(scales)
+
+    def hexdigest(self) -> str:
+        """Of all rows so far."""
+        return hashlib.sha256(self._codes.digest() + self._scales.digest()).hexdigest()
 
 
 def default_store() -> Path:
@@ -47,6 +64,11 @@ class QuantizedTensor:
     row: SchemeRow
     shape: tuple[int, int]
     file: TensorFile
+
+    @property
+    def sha256(self) -> str:
+        """The :class:`ContentDigest` of the whole matrix; it was compared with the bytes when the entry was opened."""
+        return str(self.file.metadata["sha256"])
 
     def row_ranges(self) -> Iterator[tuple[int, int]]:
         """``(start, stop)`` of blocks of rows that are read together, in order: about a million codes each."""
@@ -186,7 +208,7 @@ class _EntryWriter:
         self._scales_start = size
         self._digest_place = len(self._header("0" * 64))
         self._file = path.open("w+b")
-        self._codes_digest, self._scales_digest = hashlib.sha256(), hashlib.sha256()
+        self._digest = ContentDigest()
 
     def _header(self, digest: str) -> bytes:
         text = json.dumps({"__metadata__": {"sha256": digest}, **self._tensors}, separators=(",", ":")).encode()
@@ -196,8 +218,7 @@ class _EntryWriter:
     def put(self, start: int, packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> None:
         """Rows from ``start`` on; blocks must come in order."""
         half = (scales.view(np.uint32) >> 16).astype(np.uint16)
-        self._codes_digest.update(packed.data)
-        self._scales_digest.update(half.data)
+        self._digest.update(packed.data, half.data)
         base = self._digest_place
         self._file.seek(base + start * self._width)
         self._file.write(packed.data)
@@ -210,14 +231,11 @@ class _EntryWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._file.seek(0)
-            self._file.write(self._header(_combine(self._codes_digest.digest(), self._scales_digest.digest())))
+            self._file.write(self._header(self._digest.hexdigest()))
         self._file.close()
 
 
-def _combine(codes: bytes, scales: bytes) -> str:
-    return hashlib.sha256(codes + scales).hexdigest()
-
-
 def _payload_digest(file: TensorFile) -> str:
-    parts = (hashlib.sha256(file.buffer(name)).digest() for name in ("codes", "scales"))
-    return _combine(*parts)
+    digest = ContentDigest()
+    digest.update(file.buffer("codes"), file.buffer("scales"))
+    return digest.hexdigest()

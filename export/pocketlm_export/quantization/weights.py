@@ -1,5 +1,6 @@
 """All weights of an export: quantized once through the store, vectors and unquantized matrices from the checkpoint."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,16 @@ class Weights:
     def values(self, name: str) -> npt.NDArray[np.float32]:
         """The checkpoint's values of a whole tensor, float32: for vectors."""
         return self._tensors.values(name)
+
+    def sha256(self, name: str) -> str:
+        """What the manifest knows a weight by: of codes and scales (:class:`ContentDigest`), else of float32 values."""
+        found = self._quantized.get(name)
+        if found is not None:
+            return found.sha256
+        digest = hashlib.sha256()
+        for _, values in self._tensors.blocks(name):
+            digest.update(np.ascontiguousarray(values, "<f4").data)
+        return digest.hexdigest()
 
     def blocks(self, name: str) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """``(first row, float32 values)``: what the artifact means, dequantized where it is quantized."""

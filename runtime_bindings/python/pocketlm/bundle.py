@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from pocketlm.certificate import Certificate, read_certificate
 from pocketlm.errors import BundleError, InputError, UnavailableError
 from pocketlm.manifest import FORMAT_MAJOR, Manifest, sampling_defaults
 from pocketlm.session import Session
@@ -35,18 +36,12 @@ class Runtime(Protocol):
 class Bundle:
     """A bundle's folder whose manifest was read and found sound. Files are hashed when they are first needed."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, certificate: Certificate | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.certificate = certificate
+        """What was verified of these very files; None if nobody has."""
         self._checked: set[tuple[str, int, int, int]] = set()
-
-    @property
-    def certificate(self) -> Mapping[str, Any] | None:
-        """certificate.json, or None where there is none."""
-        path = self.folder / "certificate.json"
-        if not path.exists():
-            return None
-        return _read_json(path)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -130,7 +125,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Open a bundle's folder and check its manifest.
 
     Raises :class:`BundleError` for a missing folder or manifest, an unknown major format version, an unknown key, a
-    file that is missing, a link, or outside the folder.
+    file that is missing, a link, or outside the folder, an altered certificate or another manifest's.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -156,7 +151,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
             raise BundleError(f"{source}: 'targets.{name}.path': {target.path} is not among the files")
     for name in manifest.files:
         _regular(folder / name, folder)
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest, read_certificate(folder))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

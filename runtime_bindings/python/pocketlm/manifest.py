@@ -94,9 +94,10 @@ class FileRecord(Closed):
 
 
 class Provenance(Closed):
-    """What the bundle was made from and with."""
+    """What the bundle was made from and with; ``accepted`` names what of the checkpoint was ignored on request."""
 
     checkpoint_sha256: Sha256
+    accepted: list[str] = []
     pocketlm: str
     libraries: dict[str, str]
 
@@ -109,9 +110,10 @@ class Place(Closed):
 
 
 class Weight(Closed):
-    """A weight by its Hugging Face name."""
+    """A weight by its Hugging Face name. ``sha256`` is of what it means, whatever an artifact's packing: see FORMAT.md."""
 
     scheme: SchemeName
+    sha256: Sha256
     shape: list[Count]
     places: dict[TargetName, Place]
 

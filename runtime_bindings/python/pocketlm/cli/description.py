@@ -43,7 +43,7 @@ def describe_bundle(bundle: Bundle, context_length: int | None = None) -> dict[s
         },
         "memory_context": context,
         "chat_template": bundle.chat_template is not None,
-        "certificate": dict(certificate) if certificate is not None else None,
+        "certificate": certificate.model_dump(mode="json") if certificate is not None else None,
         "provenance": manifest.provenance.model_dump(mode="json"),
     }
 
