@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import CheckpointError
+from pocketlm.strict_json import parse_object
 
 __all__ = ["Fields", "read_json"]
 
@@ -23,14 +24,11 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: not a regular file")
         if status.st_size > LARGEST_JSON:
             raise CheckpointError(f"{path}: {status.st_size} bytes are too many for a JSON file of a checkpoint")
-        content = json.loads(path.read_bytes())
+        return parse_object(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {str(error)[:100]}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not {type(content).__name__}")
-    return content
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a valid JSON object: {str(error)[:100]}") from error
 
 
 class Fields:
@@ -46,7 +44,7 @@ class Fields:
 
     def refuse(self, key: str, problem: str) -> CheckpointError:
         """The error that says what is wrong with ``key``."""
-        return CheckpointError(f"{self.source}: '{key}' {problem}")
+        return CheckpointError(f"{self.source}: {key[:60]!r} {problem}")
 
     def value(self, key: str, default: Any = None) -> Any:
         """The raw value; marks the key as read."""
@@ -66,8 +64,15 @@ class Fields:
             raise self.refuse(key, f"must be between {least} and {most}, not {value}")
         return value
 
-    def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
-        """A finite number, greater than zero unless ``positive`` is false."""
+    def number(
+        self,
+        key: str,
+        default: float | None = None,
+        *,
+        least: float | None = None,
+        most: float = math.inf,
+    ) -> float:
+        """A finite number of at least ``least``, without one greater than zero, and at most ``most``."""
         value = self.value(key)
         if value is None:
             if default is None:
@@ -75,8 +80,12 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.refuse(key, f"must be a finite number, not {json.dumps(value)[:40]}")
-        if positive and value <= 0:
+        if value <= 0 and least is None:
             raise self.refuse(key, f"must be greater than zero, not {value}")
+        if least is not None and value < least:
+            raise self.refuse(key, f"must be at least {least:g}, not {value}")
+        if value > most:
+            raise self.refuse(key, f"must be at most {most:g}, not {value}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -112,7 +121,7 @@ class Fields:
     def nested(self, key: str) -> "Fields | None":
         """The object under ``key``; None if absent, null or empty."""
         value = self.value(key)
-        if not value:
+        if value is None or value == {}:
             return None
         if not isinstance(value, dict):
             raise self.refuse(key, f"must be an object, not {json.dumps(value)[:40]}")

@@ -82,7 +82,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
         Tokenizer.open(tmp_path)
     byte_level().save(str(tmp_path / "tokenizer.json"))
-    for text, named in [("[", "not JSON"), ("[]", "list"), ('{"bos_token": 5}', "bos_token")]:
+    for text, named in [("[", "not a valid JSON object"), ("[]", "list"), ('{"bos_token": 5}', "bos_token")]:
         (tmp_path / "tokenizer_config.json").write_text(text, encoding="utf-8")
         with pytest.raises(BundleError, match=rf"tokenizer_config\.json.*{named}"):
             Tokenizer.open(tmp_path)

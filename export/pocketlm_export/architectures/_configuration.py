@@ -9,6 +9,9 @@ from pocketlm_export.graph.rotary import Rotary, default_frequencies, linear_fre
 __all__ = ["DecoderConfig", "Defaults", "LayerConfig", "layer_windows", "read_decoder"]
 
 MOST_LAYERS = 1024
+# Ten times beyond what any released model has; what is larger is an error of whoever wrote the file.
+LARGEST_THETA = 1e11
+LARGEST_FACTOR = 1e5
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ def read_decoder(fields: Fields, defaults: Defaults = Defaults()) -> DecoderConf
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_epsilon=fields.number("rms_norm_eps", 1e-6),
+        norm_epsilon=fields.number("rms_norm_eps", 1e-6, most=1.0),
         context_length=context_length,
         tied=fields.flag("tie_word_embeddings", defaults.tied),
         layers=(layer,) * fields.integer("num_hidden_layers", most=MOST_LAYERS),
@@ -100,29 +103,32 @@ def _head_dim(fields: Fields, hidden_size: int, heads: int, defaults: Defaults) 
 
 def read_rotary(fields: Fields, width: int, default_theta: float, context_length: int) -> Rotary:
     """The rotation of ``width`` elements: ``rope_scaling`` wins over ``rope_parameters``, their theta over the top."""
-    top_theta = fields.number("rope_theta", default_theta)
+    top_theta = fields.number("rope_theta", default_theta, least=1, most=LARGEST_THETA)
     scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
     rope = scaling or parameters
     if rope is None:
         return Rotary(default_frequencies(top_theta, width))
-    theta = rope.number("rope_theta", top_theta)
+    theta = rope.number("rope_theta", top_theta, least=1, most=LARGEST_THETA)
     kind, older = rope.value("rope_type"), rope.value("type")
     if kind is not None and older is not None and kind != older:
         raise rope.refuse("rope_type", f"is {kind!r} but 'type' is {older!r}: which one was meant?")
-    kind = kind or older or "default"
+    kind = older if kind is None else kind
+    kind = "default" if kind is None else kind
     match kind:
         case "default":
             frequencies = default_frequencies(theta, width)
         case "linear":
-            frequencies = linear_frequencies(theta, width, rope.number("factor"))
+            frequencies = linear_frequencies(theta, width, rope.number("factor", least=1, most=LARGEST_FACTOR))
         case "llama3":
             original = fields.integer(
                 "original_max_position_embeddings", rope.integer("original_max_position_embeddings", context_length)
             )
-            low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+            low, high = (rope.number(key, most=LARGEST_FACTOR) for key in ("low_freq_factor", "high_freq_factor"))
             if high <= low:
                 raise rope.refuse("high_freq_factor", f"must be greater than low_freq_factor ({low}), not {high}")
-            frequencies = llama3_frequencies(theta, width, rope.number("factor"), low, high, original)
+            frequencies = llama3_frequencies(
+                theta, width, rope.number("factor", least=1, most=LARGEST_FACTOR), low, high, original
+            )
         case _:
             raise UnsupportedError(
                 f"{rope.source}: rope type {str(kind)[:40]!r} is not supported; supported: default, linear, llama3"

@@ -9,6 +9,6 @@ from pocketlm_export.fields import Fields
 def configure(fields: Fields) -> DecoderConfig:
     """An absent ``sliding_window`` means 4096, as in transformers."""
     config = read_decoder(fields, Defaults(kv_heads=8))
-    absent = "sliding_window" not in fields
-    window = 4096 if absent else fields.value("sliding_window") and fields.integer("sliding_window")
+    no_window = "sliding_window" in fields and fields.value("sliding_window") is None
+    window = None if no_window else fields.integer("sliding_window", 4096)
     return replace(config, layers=tuple(LayerConfig(layer.rotary, window) for layer in config.layers))

@@ -14,7 +14,7 @@ def configure(fields: Fields) -> DecoderConfig:
     interval = fields.integer("no_rope_layer_interval", 4)
     rotates = fields.choices("no_rope_layers", count, (0, 1)) or [(index + 1) % interval > 0 for index in range(count)]
     sliding = fields.flag("use_sliding_window", False)
-    window = fields.value("sliding_window") and fields.integer("sliding_window")
+    window = None if fields.value("sliding_window") is None else fields.integer("sliding_window")
     slides = [sliding and window is not None and not rotate for rotate in rotates]
     types = ["sliding_attention" if slide else "full_attention" for slide in slides]
     windows = layer_windows(fields, count, window, types)

@@ -1,5 +1,6 @@
 """Stop ids and default sampling, from generation_config.json, config.json and the tokenizer's configuration."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,9 @@ def _sampling_value(fields: Fields, key: str) -> bool | int | float | None:
         return fields.flag(key, False)
     if key == "top_k":
         return fields.integer(key, 0, least=0)
-    return fields.number(key, 1.0, positive=key == "repetition_penalty")
+    if key == "repetition_penalty":
+        return fields.number(key, 1.0)
+    return fields.number(key, 1.0, least=0, most=1 if key in ("top_p", "min_p") else math.inf)
 
 
 def _ids(fields: Fields, key: str, vocabulary_size: int) -> list[int]:

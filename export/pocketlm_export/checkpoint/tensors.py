@@ -4,7 +4,6 @@ Format: https://github.com/huggingface/safetensors#format. Files are hostile unt
 header's length, every dtype, shape and offset; the tensors must cover the data exactly once, without holes or overlaps.
 """
 
-import json
 import math
 import mmap
 import stat
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import CheckpointError
+from pocketlm.strict_json import parse_object
 from pocketlm_export.fields import read_json
 
 __all__ = [
@@ -87,11 +87,9 @@ class TensorFile:
 
     def _parse(self, text: bytes, data_size: int) -> dict[str, TensorInfo]:
         try:
-            header = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: the header is not valid JSON") from error
-        if not isinstance(header, dict):
-            raise CheckpointError(f"{self.path}: the header is not a JSON object")
+            header = parse_object(text)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: the header is not a valid JSON object: {str(error)[:100]}") from error
         metadata = header.pop("__metadata__", None)
         self.metadata: Mapping[str, Any] = metadata if isinstance(metadata, dict) else {}
         tensors = {name: self._entry(name, entry, data_size) for name, entry in header.items()}

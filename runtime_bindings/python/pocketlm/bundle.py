@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from pocketlm.certificate import Certificate, read_certificate
 from pocketlm.errors import BundleError, InputError, UnavailableError
 from pocketlm.manifest import FORMAT_MAJOR, Manifest, sampling_defaults
 from pocketlm.session import Session
+from pocketlm.strict_json import parse_object
 from pocketlm.template import ChatTemplate
 from pocketlm.tokenizer import Tokenizer
 
@@ -131,8 +131,9 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     if not folder.is_dir():
         raise BundleError(f"{folder}: {'not a folder' if folder.exists() else 'no such bundle'}")
     source = folder / "manifest.json"
-    if not source.is_file():
+    if not source.exists() and not source.is_symlink():
         raise BundleError(f"{folder}: no manifest.json: not a bundle")
+    _regular(source, folder)
     content = _read_json(source)
     version = content.get("format_version")
     if not isinstance(version, str) or version.split(".")[0] != str(FORMAT_MAJOR):
@@ -158,14 +159,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_MANIFEST:
             raise BundleError(f"{path}: too large")
-        content = json.loads(path.read_bytes())
+        return parse_object(path.read_bytes())
     except OSError as error:
         raise BundleError(f"{path}: can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not valid JSON: {str(error)[:100]}") from error
-    if not isinstance(content, dict):
-        raise BundleError(f"{path}: must hold a JSON object")
-    return content
+    except ValueError as error:
+        raise BundleError(f"{path}: not a valid JSON object: {str(error)[:100]}") from error
 
 
 def _check_paths(source: Path, names: Iterable[str]) -> None:
@@ -184,7 +182,7 @@ def _regular(path: Path, folder: Path) -> os.stat_result:
             raise BundleError(f"{part}: is a link; a bundle holds none")
     try:
         status = path.stat()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise BundleError(f"{path}: missing from the bundle") from error
     if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{path}: not a regular file")

@@ -23,13 +23,26 @@ __all__ = [
     "TemplateError",
     "UnavailableError",
     "UnsupportedError",
+    "printable",
 ]
 
 
+LONGEST_MESSAGE = 1000
+
+
+def printable(text: str) -> str:
+    """``text`` on one line of bounded length, control characters escaped: names from files can hold anything."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "…"
+
+
 class PocketLMError(Exception):
-    """Base of all errors raised on purpose; ``exit_code`` is the command line's."""
+    """Base of all errors raised on purpose; ``exit_code`` is the command line's. Its message is :func:`printable`."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class InputError(PocketLMError):

@@ -9,6 +9,7 @@ from typing import Self
 import tokenizers
 
 from pocketlm.errors import BundleError, InputError
+from pocketlm.strict_json import parse_object
 
 __all__ = ["Tokenizer", "read_special_tokens", "read_tokenizer_config"]
 
@@ -91,16 +92,13 @@ def read_tokenizer_config(folder: str | Path) -> dict[str, object]:
     """The object in the folder's ``tokenizer_config.json``; empty where there is no such file."""
     path = Path(folder) / "tokenizer_config.json"
     try:
-        configuration = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise BundleError(f"{path}: can't be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not JSON ({error})") from error
-    if not isinstance(configuration, dict):
-        raise BundleError(f"{path}: holds a {type(configuration).__name__} instead of an object")
-    return configuration
+    except ValueError as error:
+        raise BundleError(f"{path}: not a valid JSON object: {str(error)[:100]}") from error
 
 
 def read_special_tokens(folder: str | Path, configuration: Mapping[str, object]) -> dict[str, str]:

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketlm.errors import PocketLMError
+from pocketlm.errors import PocketLMError, printable
 
-__all__ = ["Debug", "Interrupted", "Json", "Runtime", "Threads", "note", "print_json", "printable", "reported"]
+__all__ = ["Debug", "Interrupted", "Json", "Runtime", "Threads", "note", "print_json", "reported"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -21,8 +21,6 @@ Runtime = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads of the runtime.")]
 
-LONGEST_MESSAGE = 1000
-
 
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM. Not a KeyboardInterrupt: the option parser would swallow that one."""
@@ -31,12 +29,6 @@ class Interrupted(BaseException):
 def note(text: str) -> None:
     """A line on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """``text`` on one line of bounded length, control characters escaped: names from files can hold anything."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-    return line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "…"
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketlm.cli.console import Debug, Json, print_json, printable, reported
+from pocketlm.cli.console import Debug, Json, print_json, reported
 
 __all__ = ["EXAMPLE", "inspect"]
 
@@ -61,7 +61,7 @@ def _inspect_checkpoint(path: str, context: int | None, check: bool, accept: lis
     try:
         description = _describe_checkpoint(path, context, check, accept)
     except UnsupportedError as error:
-        description = {"kind": "checkpoint", "path": path, "supported": False, "reason": printable(str(error))}
+        description = {"kind": "checkpoint", "path": path, "supported": False, "reason": str(error)}
     if json:
         print_json(description)
     else:
