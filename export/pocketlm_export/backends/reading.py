@@ -19,6 +19,7 @@ import numpy.typing as npt
 from pocketlm.manifest import Manifest
 
 __all__ = [
+    "EXACT",
     "Call",
     "Fact",
     "NotRun",
@@ -115,11 +116,14 @@ class StoredConstants:
     ``reciprocal`` is the factor that stands for 1/width in the mean of a norm.
     """
 
-    table: type[np.floating[Any]] = np.float64
+    table: type[np.floating[Any]] = np.float32
     value: type[np.floating[Any]] = np.float32
     epsilon: Callable[[float], float] = lambda epsilon: epsilon
     scale: Callable[[float], float] = lambda scale: scale
     reciprocal: Callable[[int], float] = lambda width: 1 / width
+
+
+EXACT = StoredConstants()
 
 
 @dataclass(frozen=True, slots=True)

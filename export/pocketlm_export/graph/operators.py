@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__: list[str] = []
+__all__ = ["attend"]
 
 
 @torch.library.custom_op("pocketlm::embedding", mutates_args=())
@@ -49,16 +49,62 @@ def _(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
     return torch.empty_like(x)
 
 
-def _rotate(x: Tensor, positions: Tensor, frequencies: Sequence[float], scale: float) -> Tensor:
-    """Rotate ``[B, H, S, Dh]`` by the float32 angle of each position, as transformers does."""
+def _tables(
+    positions: Tensor, frequencies: Sequence[float], scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Cosine and sine of the float32 angle of each position, as transformers has them; None without a rotation."""
     if not frequencies:
-        return x
+        return None
     angles = positions.float()[:, None] * torch.tensor(frequencies, dtype=torch.float32)[None, :]
     wide = angles.double()
-    cos, sin = ((t * scale).float().to(x.dtype) for t in (wide.cos(), wide.sin()))
-    half = len(frequencies)
+    return (wide.cos() * scale).float().to(dtype), (wide.sin() * scale).float().to(dtype)
+
+
+def _rotate(x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+    if tables is None:
+        return x
+    cos, sin = tables
+    half = cos.shape[1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    tables: tuple[Tensor, Tensor] | None,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The meaning of :class:`pocketlm_export.graph.graph.Attention` behind its norms.
+
+    ``query`` ``[B, heads, S, Dh]``, ``key`` and ``value`` ``[B, kv_heads, S, Dh]``, not rotated yet; the caches
+    ``[B, kv_heads, T, Dh]`` receive them at ``start``. ``tables``: cosine and sine of the S positions, ``[S, pairs]``.
+    Returns ``[B, S, heads * Dh]``.
+    """
+    batch, heads, sequence, head_dim = query.shape
+    stop = start + sequence
+    query = _rotate(query, tables)
+    k_cache[:, :, start:stop] = _rotate(key, tables)
+    v_cache[:, :, start:stop] = value
+    repeats = heads // key.shape[1]
+    keys = k_cache[:, :, :stop].repeat_interleave(repeats, 1)
+    values = v_cache[:, :, :stop].repeat_interleave(repeats, 1)
+    scores = query @ keys.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    positions = torch.arange(start, stop)[:, None]
+    seen = torch.arange(stop)[None, :] <= positions
+    if window:
+        seen &= torch.arange(stop)[None, :] > positions - window
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return (weights @ values).transpose(1, 2).reshape(batch, sequence, heads * head_dim)
 
 
 @torch.library.custom_op("pocketlm::attention", mutates_args=("k_cache", "v_cache"))
@@ -94,22 +140,10 @@ def attention(
     if k_norm is not None:
         key = _rms_norm(key, k_norm, norm_epsilon, 0.0)
     start = int(position)
-    stop = start + sequence
-    positions = torch.arange(start, stop)
-    query = _rotate(query, positions, frequencies, rotary_scale)
-    k_cache[:, :, start:stop] = _rotate(key, positions, frequencies, rotary_scale)
-    v_cache[:, :, start:stop] = value
-    repeats = heads // kv_heads
-    keys = k_cache[:, :, :stop].repeat_interleave(repeats, 1)
-    values = v_cache[:, :, :stop].repeat_interleave(repeats, 1)
-    scores = query @ keys.transpose(-1, -2) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    seen = torch.arange(stop)[None, :] <= positions[:, None]
-    if window:
-        seen &= torch.arange(stop)[None, :] > positions[:, None] - window
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return (weights @ values).transpose(1, 2).reshape(batch, sequence, heads * head_dim)
+    tables = _tables(torch.arange(start, start + sequence), frequencies, rotary_scale, q.dtype)
+    return attend(
+        query, key, value, k_cache, v_cache, start, tables, scale=scale, window=window or None, softcap=softcap or None
+    )
 
 
 @attention.register_fake
