@@ -34,8 +34,8 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse_depth(value: object) -> None:
-    level = [value]
+def _refuse_depth(value: dict[str, Any]) -> None:
+    level: list[Any] = [value]
     for _ in range(DEEPEST):
         level = [
             item
