@@ -5,7 +5,7 @@ import pytest
 
 from pocketlm_export.backends.coreml.importing import coremltools
 from pocketlm_export.backends.executorch.read import PteFile
-from pocketlm_export.backends.onnx.read import read_weights
+from pocketlm_export.backends.reading import open_reader
 from tests.bundle.vendors import genai_greedy, greedy, text_runner_greedy
 
 PROMPTS = ("def read_json(path):\n", "import os\n\nclass Stack:\n    def push(self", "# Returns the largest ")
@@ -13,9 +13,18 @@ STEPS = 40
 
 
 def written_onnx(bundle):
-    """Through onnx's own reader."""
-    matrices = read_weights(bundle.folder / "onnx")
-    return lambda entry: (matrices[entry].codes, matrices[entry].scales)
+    """Through onnx's own schema."""
+    reader = open_reader("onnx", bundle.folder / "onnx/model.onnx", bundle.manifest)
+    ends = {}
+    for weight in bundle.manifest.weights.values():
+        place = weight.places["onnx"]
+        ends[place.entry] = max(ends.get(place.entry, 0), place.first_row + weight.shape[0])
+
+    def read(entry):
+        matrix = reader.rows(entry, 0, ends[entry])
+        return matrix.codes, matrix.scales
+
+    return read
 
 
 def written_executorch(bundle):

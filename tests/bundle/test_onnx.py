@@ -13,7 +13,8 @@ from pocketlm.errors import BundleError, PocketLMError, UnavailableError, Unsupp
 from pocketlm.runtimes.onnx import open_session
 from pocketlm_export.architectures._configuration import LayerConfig
 from pocketlm_export.backends.base import Lowering, load_backend
-from pocketlm_export.backends.onnx.read import OnnxFile, read_weights
+from pocketlm_export.backends.onnx.file import OnnxFile
+from pocketlm_export.backends.reading import open_reader
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.graph.graph import Activation
 from pocketlm_export.graph.rotary import Rotary, default_frequencies, rotary_tables
@@ -70,16 +71,16 @@ def test_onnx_checks_the_models_and_the_runtime_loads_them_without_a_warning(nam
 def test_the_integers_read_back_are_the_stores(name, scheme, head, tiny_bundle, tiny_checkpoint, tmp_path):
     bundle = tiny_bundle(name, scheme, "onnx", head)
     _, weights = store_of(bundle, tiny_checkpoint(name)[0], tmp_path)
-    written = read_weights(bundle.folder / "onnx")
+    reader = open_reader("onnx", bundle.folder / "onnx/model.onnx", bundle.manifest)
     compared = 0
     for weight, record in bundle.manifest.weights.items():
         if record.scheme == "fp32":
             continue
         place, tensor = record.places["onnx"], weights.quantized(weight)
-        rows = slice(place.first_row, place.first_row + record.shape[0])
-        np.testing.assert_array_equal(written[place.entry].codes[rows], tensor.codes())
-        np.testing.assert_array_equal(written[place.entry].scales[rows], tensor.scales())
-        assert written[place.entry].bits == tensor.row.bits
+        written = reader.rows(place.entry, place.first_row, place.first_row + record.shape[0])
+        np.testing.assert_array_equal(written.codes, tensor.codes())
+        np.testing.assert_array_equal(written.scales, tensor.scales())
+        assert written.bits == tensor.row.bits
         compared += 1
     assert compared == (0 if scheme == "fp32" else 3 * 7 + (1 if bundle.manifest.model.tied else 2))
 

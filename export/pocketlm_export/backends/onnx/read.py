@@ -1,142 +1,107 @@
-"""Reads an ONNX artifact back, by ONNX's own schema and the operators' documentation; shares nothing with the writer.
+"""The reader of an ONNX artifact, by ONNX's schema and the operators' documentation; shares nothing with the writer.
 
 Integers and scales come in the weight store's convention, so that they can be compared with it.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from pocketlm.errors import BundleError
-from pocketlm_export.backends.reading import WrittenMatrix
+from pocketlm.manifest import Manifest
+from pocketlm_export.backends.onnx.execute import execute
+from pocketlm_export.backends.onnx.facts import check_same_place, facts
+from pocketlm_export.backends.onnx.file import OnnxFile
+from pocketlm_export.backends.onnx.kernels import CALLS, activation_rounding, check_kernels
+from pocketlm_export.backends.onnx.matrices import QuantizedMatrix, quantized_matrices, signed_codes
+from pocketlm_export.backends.onnx.runtime import meaning, unmet_floor
+from pocketlm_export.backends.reading import Fact, NotRun, RowErrors, Run, StoredConstants, Trace, WrittenMatrix
 
-__all__ = ["OnnxFile", "WrittenNode", "read_weights"]
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenNode:
-    """An operator with the names of its inputs ("": left out) and outputs, and its attributes as Python values."""
-
-    name: str
-    operator: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: Mapping[str, Any]
+__all__ = ["OnnxReader", "open_reader"]
 
 
-class OnnxFile:
-    """One ``.onnx`` file; constants are mapped from the data file when they are asked for.
+def open_reader(path: Path, manifest: Manifest) -> "OnnxReader":
+    """The reader of ``model.onnx`` at ``path`` and of the ``head.onnx`` beside it."""
+    return OnnxReader(path, manifest)
 
-    Raises :class:`BundleError` naming the file and the constant for what lies outside the data file.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.model = onnx.load(str(path), load_external_data=False)
-        self._constants = {constant.name: constant for constant in self.model.graph.initializer}
+class OnnxReader:
+    """See :class:`pocketlm_export.backends.reading.Reader`."""
 
-    @property
-    def constants(self) -> list[str]:
-        """The names of all initializers."""
-        return list(self._constants)
+    stored = StoredConstants(
+        table=np.float32,
+        epsilon=lambda epsilon: float(np.float32(epsilon)),
+        scale=lambda scale: float(np.float32(scale)),
+    )
+    unstated: frozenset[str] = frozenset()
 
-    @property
-    def nodes(self) -> list[WrittenNode]:
-        """The operators, in the order of the file."""
-        return [
-            WrittenNode(
-                node.name,
-                f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
-                tuple(node.input),
-                tuple(node.output),
-                {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute},
-            )
-            for node in self.model.graph.node
-        ]
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._decoder = OnnxFile(path)
+        self._head = OnnxFile(path.with_name("head.onnx"))
+        self._matrices = self._read_matrices()
+        self.round_activations = activation_rounding((self._decoder, self._head))
+        self.notes = (f"kernels: the first {CALLS} calls of each run",) if self.round_activations else ()
 
-    def place(self, name: str) -> tuple[Path, int, int] | None:
-        """File, offset and size of a constant outside the model; None for one inside."""
-        constant = self._constants[name]
-        if constant.data_location != onnx.TensorProto.EXTERNAL:
-            return None
-        keys = {entry.key: entry.value for entry in constant.external_data}
-        file = self.path.with_name(keys["location"])
-        if Path(keys["location"]).name != keys["location"] or file.is_symlink() or not file.is_file():
-            raise BundleError(f"{self.path}: {name}: {keys['location']!r} is no file beside the model")
-        offset, size = int(keys["offset"]), int(keys["length"])
-        expected = int(np.prod(constant.dims)) * onnx.helper.tensor_dtype_to_np_dtype(constant.data_type).itemsize
-        if offset < 0 or size != expected or offset + size > file.stat().st_size:
-            raise BundleError(
-                f"{self.path}: {name}: {size} bytes at {offset} of {file.name} are not its {expected} bytes"
-            )
-        return file, offset, size
+    def rows(self, entry: str, start: int, stop: int) -> WrittenMatrix | npt.NDArray[np.float32]:
+        """Rows of a constant of model.onnx; an int8 matrix whose scales are equal along every row has one group.
 
-    def constant(self, name: str) -> npt.NDArray[Any]:
-        """The values of a constant; a mapped view if they are outside the model."""
-        constant = self._constants[name]
-        place = self.place(name)
-        if place is None:
-            return onnx.numpy_helper.to_array(constant)
-        file, offset, _ = place
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(constant.data_type)
-        return np.memmap(file, dtype, "r", offset, tuple(constant.dims))
-
-    def matrices(self) -> Iterator[WrittenMatrix]:
-        """Every quantized matrix, in the order of the operators that read it, once for each.
-
-        An int8 matrix whose scales are equal along every row has one group.
+        Raises :class:`CheckError` if head.onnx means other bytes by this name.
         """
-        for node in self.nodes:
-            match node.operator:
-                case "com.microsoft.MatMulNBits":
-                    shape = node.attributes["N"], node.attributes["K"]
-                    codes, scales, zero_points = node.inputs[1], node.inputs[2], node.inputs[3:4]
-                case "com.microsoft.GatherBlockQuantized":
-                    codes, scales, zero_points = node.inputs[0], node.inputs[2], node.inputs[3:4]
-                    rows, width = self._constants[codes].dims
-                    shape = rows, self._kept(node.outputs[0], width * 8 // node.attributes["bits"])
-                case _:
-                    continue
-            if any(zero_points):
-                raise BundleError(f"{self.path}: {node.name}: has zero points, but all schemes are symmetric")
-            yield self._matrix(codes, scales, shape, node.attributes["bits"])
+        check_same_place(self._decoder, self._head, entry)
+        matrix = self._matrices.get(entry)
+        if matrix is not None:
+            return self._matrix_rows(matrix, start, stop)
+        values = self._decoder.constant(entry)
+        if values.dtype != np.float32:
+            raise BundleError(f"{self._decoder.path}: {entry}: {values.dtype} is no float32")
+        return np.array(values[start:stop])
 
-    def _kept(self, output: str, width: int) -> int:
-        """The columns that a Slice of ``output`` keeps; all of them without one."""
-        ends = [node.inputs[2] for node in self.nodes if node.operator == "Slice" and node.inputs[0] == output]
-        return int(self.constant(ends[0])[0]) if ends else width
+    def facts(self) -> Iterator[Fact]:
+        """Attributes of both files, whole tables, sizes; see :func:`pocketlm_export.backends.onnx.facts.facts`."""
+        return facts(self._decoder, self._head, self._manifest)
 
-    def _matrix(self, codes: str, scales: str, shape: tuple[int, int], bits: int) -> WrittenMatrix:
-        rows, columns = shape
-        packed = self.constant(codes).reshape(rows, -1)
-        if bits == 4:
-            unsigned = np.stack((packed & 0xF, packed >> 4), -1).reshape(rows, -1)
-        else:
-            unsigned = packed
-        zero = 1 << (bits - 1)
-        signed = (unsigned.astype(np.int16) - zero).astype(np.int8)
-        if signed[:, columns:].any():
-            raise BundleError(f"{self.path}: {codes}: codes beyond column {columns} are not zero")
-        groups = np.array(self.constant(scales).reshape(rows, -1))
-        if bits == 8 and (groups == groups[:, :1]).all():
+    def execute(self, runs: Sequence[Run]) -> list[Trace]:
+        """In float64."""
+        return execute(self._decoder, self._head, runs, self._manifest.model)
+
+    def meaning(self, runs: Sequence[Run]) -> list[Trace | None] | NotRun:
+        """ONNX Runtime with every product at accuracy_level 0."""
+        unmet = self._unmet_floor()
+        if unmet:
+            return NotRun(unmet)
+        return list(meaning(self._decoder, self._head, runs, self._manifest.model))
+
+    def kernels(self, runs: Sequence[Run]) -> RowErrors | NotRun:
+        """ONNX Runtime's products as shipped."""
+        unmet = self._unmet_floor()
+        return NotRun(unmet) if unmet else check_kernels(self._decoder, self._head, runs, self._manifest.model)
+
+    def emulate(self, _runs: Sequence[Run]) -> None:
+        """A session runs the artifact here."""
+        return
+
+    def _unmet_floor(self) -> str | None:
+        return unmet_floor(self._manifest.targets["onnx"].runtime["onnxruntime"])
+
+    def _read_matrices(self) -> dict[str, QuantizedMatrix]:
+        found: dict[str, QuantizedMatrix] = {}
+        for file in (self._decoder, self._head):
+            for node, matrix in quantized_matrices(file):
+                if found.setdefault(matrix.codes, matrix) != matrix:
+                    raise BundleError(f"{file.path}: {node.name}: reads {matrix.codes} as {matrix}, not as before")
+        return found
+
+    def _matrix_rows(self, matrix: QuantizedMatrix, start: int, stop: int) -> WrittenMatrix:
+        packed, scales = matrix.packed(self._decoder)
+        codes = signed_codes(packed[start:stop], matrix.bits)
+        if codes[:, matrix.columns :].any():
+            raise BundleError(
+                f"{self._decoder.path}: {matrix.codes}: codes beyond column {matrix.columns} are not zero"
+            )
+        groups = np.array(scales[start:stop])
+        if matrix.bits == 8 and (groups == groups[:, :1]).all():
             groups = groups[:, :1]
-        return WrittenMatrix(codes, bits, signed[:, :columns], groups)
-
-
-def read_weights(folder: Path) -> dict[str, WrittenMatrix]:
-    """Every quantized matrix of the artifact in ``folder`` by its initializer, model.onnx's and head.onnx's.
-
-    Raises :class:`BundleError` if the two read one name differently.
-    """
-    found: dict[str, WrittenMatrix] = {}
-    for name in ("model.onnx", "head.onnx"):
-        for matrix in OnnxFile(folder / name).matrices():
-            known = found.setdefault(matrix.name, matrix)
-            if not (np.array_equal(known.codes, matrix.codes) and np.array_equal(known.scales, matrix.scales)):
-                raise BundleError(f"{folder / name}: {matrix.name}: not what model.onnx holds under this name")
-    return found
+        return WrittenMatrix(matrix.codes, matrix.bits, codes[:, : matrix.columns], groups)

@@ -1,0 +1,134 @@
+"""What an ONNX artifact states beside its weights, for comparison with the graph: attributes and whole tables."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pocketlm.errors import BundleError, CheckError
+from pocketlm.manifest import Manifest
+from pocketlm_export.backends.onnx.file import MICROSOFT, OnnxFile, WrittenNode
+from pocketlm_export.backends.onnx.matrices import quantized_matrices
+from pocketlm_export.backends.reading import Fact
+
+__all__ = ["check_same_place", "facts"]
+
+NORMS = ("RMSNormalization", f"{MICROSOFT}SkipSimplifiedLayerNormalization")
+ROTATION = f"{MICROSOFT}RotaryEmbedding"
+DEFAULT_EPSILON = {"RMSNormalization": 1e-5, f"{MICROSOFT}SkipSimplifiedLayerNormalization": 1e-12}
+
+
+def facts(decoder: OnnxFile, head: OnnxFile, manifest: Manifest) -> Iterator[Fact]:
+    """Every fact, more than once where the files state it more than once.
+
+    Raises :class:`CheckError` if a constant is no weight of the manifest, or the two files mean different bytes by one
+    name.
+    """
+    tables: set[str] = set()
+    norms = -1
+    for node in decoder.nodes:
+        if node.operator in NORMS:
+            norms += 1
+            yield Fact(f"norm {norms}", "epsilon", _epsilon(node))
+        elif node.operator == f"{MICROSOFT}GroupQueryAttention":
+            tables.update(name for rotation in _rotations(decoder, node) for name in rotation)
+            yield from _attention(decoder, node)
+    # The head repeats the last norm.
+    yield from (Fact(f"norm {norms}", "epsilon", _epsilon(node)) for node in head.nodes if node.operator in NORMS)
+    for file in (decoder, head):
+        yield Fact("program", "vocabulary_size", file.outputs.get("logits", (None,))[-1])
+    yield Fact("program", "context_length", _context_length(decoder.path.with_name("genai_config.json")))
+    for name in head.constants:
+        check_same_place(decoder, head, name)
+    for file in (decoder, head):
+        _check_accounted(file, manifest, tables)
+
+
+def check_same_place(decoder: OnnxFile, head: OnnxFile, name: str) -> None:
+    """Raise :class:`CheckError` unless ``head`` means the same bytes by a name of ``decoder``, or does not have it."""
+    if name not in head.constants or head.place(name) is None:
+        return
+    if name not in decoder.constants or decoder.place(name) != head.place(name):
+        raise CheckError(f"{head.path}: {name}: not the bytes that {decoder.path.name} has under this name")
+
+
+def _epsilon(node: WrittenNode) -> float:
+    epsilon: float = node.attributes.get("epsilon", DEFAULT_EPSILON[node.operator])
+    return epsilon
+
+
+def _attention(file: OnnxFile, node: WrittenNode) -> Iterator[Fact]:
+    stated = node.attributes
+    name = f"attention {node.input(3).removeprefix('past_key_values.').removesuffix('.key')}"
+    width = file.inputs.get(node.input(3), (None,))[-1]
+    if not isinstance(width, int):
+        raise BundleError(f"{file.path}: {node.name}: {node.input(3)!r} states no head size")
+    yield Fact(name, "heads", stated.get("num_heads"))
+    yield Fact(name, "kv_heads", stated.get("kv_num_heads"))
+    yield Fact(name, "head_dim", width - _padding(file, node))
+    yield Fact(name, "scale", stated.get("scale") or width**-0.5)
+    window = stated.get("local_window_size", -1)
+    yield Fact(name, "window", None if window == -1 else window)
+    yield Fact(name, "softcap", stated.get("softcap") or None)
+    rotations = _rotations(file, node)
+    if not rotations:
+        yield Fact(name, "cosine", None)
+        yield Fact(name, "sine", None)
+    for cosine, sine in rotations:
+        yield Fact(name, "cosine", file.constant(cosine))
+        yield Fact(name, "sine", file.constant(sine))
+
+
+def _padding(file: OnnxFile, node: WrittenNode) -> int:
+    """How much of each cached head is filling: what the Pad before the values adds."""
+    pad = next((maker for maker in _chain(file, node.input(2)) if maker.operator == "Pad"), None)
+    return 0 if pad is None else int(file.constant(pad.input(1))[-1])
+
+
+def _rotations(file: OnnxFile, node: WrittenNode) -> list[tuple[str, str]]:
+    """The tables, cosine and sine, that rotate a layer's queries and keys: one pair if they are the same."""
+    if node.attributes.get("do_rotary", 0):
+        return [(node.input(7), node.input(8))]
+    found = [
+        (maker.input(2), maker.input(3))
+        for value in (node.input(0), node.input(1))
+        for maker in _chain(file, value)
+        if maker.operator == ROTATION
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _chain(file: OnnxFile, value: str) -> Iterator[WrittenNode]:
+    """The operators before ``value`` that only move, fill up or rotate it, from the last on."""
+    maker = file.maker(value)
+    while maker is not None and maker.operator in ("Reshape", "Pad", ROTATION):
+        yield maker
+        maker = file.maker(maker.input(0))
+
+
+def _context_length(path: Path) -> int:
+    """What onnxruntime-genai takes for it."""
+    try:
+        length = json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(f"{path}: model.context_length can't be read: {error}") from error
+    if not isinstance(length, int):
+        raise BundleError(f"{path}: model.context_length is {length!r}, no number")
+    return length
+
+
+def _check_accounted(file: OnnxFile, manifest: Manifest, tables: set[str]) -> None:
+    """Every constant outside the model is a weight of the manifest, another view of its bytes, its scales or a table.
+
+    What no weight accounts for would be compared with nothing.
+    """
+    known = {weight.places["onnx"].entry for weight in manifest.weights.values()} | tables
+    scales: dict[object, str] = {}
+    for node, matrix in quantized_matrices(file):
+        place = file.place(matrix.codes)
+        if scales.setdefault(place, matrix.scales) != matrix.scales:
+            raise CheckError(f"{file.path}: {node.name}: reads {matrix.codes} with other scales than before")
+    places = {file.place(name) for name in known if name in file.constants}
+    for name in file.constants:
+        place = file.place(name)
+        if place is not None and place not in places and name not in scales.values():
+            raise CheckError(f"{file.path}: {name}: no weight of the manifest accounts for it")

@@ -1,0 +1,169 @@
+"""Every quantized product of the shipped artifact in the real ONNX Runtime, recomputed from the inputs that it had."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from pocketlm.errors import UnsupportedError
+from pocketlm.manifest import Model
+from pocketlm_export.backends.onnx.file import OnnxFile
+from pocketlm_export.backends.onnx.matrices import QuantizedMatrix, product, quantized_matrices
+from pocketlm_export.backends.onnx.runtime import decode, run_head, start_session
+from pocketlm_export.backends.reading import NotRun, RowErrors, Run
+
+__all__ = ["CALLS", "activation_rounding", "check_kernels"]
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+CALLS = 4  # of each run: the prefill and the first decode steps
+EXPOSED_BYTES = 128 << 20  # of inputs and outputs of products that a session gives at once
+ROUNDED = 4  # MatMulNBits' accuracy_level of int8 activations
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A product with the names of what it reads and makes."""
+
+    name: str
+    matrix: QuantizedMatrix
+    x: str
+    y: str
+    bias: str
+
+
+def activation_rounding(files: Sequence[OnnxFile]) -> Callable[[Floats], Floats] | None:
+    """What the shipped products make of their inputs; None if none rounds them. Raises :class:`UnsupportedError` if
+    they round in blocks of different sizes."""
+    blocks = {piece.matrix.block for file in files for piece in _pieces(file) if piece.matrix.accuracy_level == ROUNDED}
+    if len(blocks) > 1:
+        raise UnsupportedError(f"{files[0].path}: activations rounded in blocks of {sorted(blocks)} are not supported")
+    for block in blocks:
+        return lambda x: _rounded(x, block)
+    return None
+
+
+def check_kernels(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model: Model) -> RowErrors | NotRun:
+    """The first :data:`CALLS` calls of every run. Sessions follow one another, each exposes as many products as fit
+    into :data:`EXPOSED_BYTES`; exposing changes no bit of what the runtime computes."""
+    sample = [replace(run, calls=run.calls[:CALLS]) for run in runs]
+    positions = sum(len(run.tokens) for run in sample)
+    errors: dict[str, Array] = {}
+    for group in _groups(_pieces(decoder), positions):
+        seen = _decoder_values(decoder, group, sample, model)
+        errors |= {piece.name: _row_errors(decoder, piece, seen) for piece in group}
+    states = _hidden_states(decoder, sample, model)
+    if states:
+        for group in _groups(_pieces(head), sum(value.shape[1] for value in states)):
+            seen = _head_values(head, group, states)
+            errors |= {f"{head.path.name} {piece.name}": _row_errors(head, piece, seen) for piece in group}
+    if not errors:
+        return NotRun("nothing is quantized")
+    worst = max(errors, key=lambda name: float(errors[name].max()))
+    return RowErrors(np.concatenate(list(errors.values())), worst, len(errors))
+
+
+def _pieces(file: OnnxFile) -> Iterator[_Piece]:
+    for node, matrix in quantized_matrices(file):
+        if node.operator.endswith("MatMulNBits"):
+            yield _Piece(node.name, matrix, node.input(0), node.outputs[0], node.input(5))
+
+
+def _groups(pieces: Iterator[_Piece], positions: int) -> Iterator[list[_Piece]]:
+    group: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        bytes_ = 4 * positions * (piece.matrix.rows + piece.matrix.columns)
+        if group and size + bytes_ > EXPOSED_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += bytes_
+    if group:
+        yield group
+
+
+def _decoder_values(
+    file: OnnxFile, group: Sequence[_Piece], runs: Sequence[Run], model: Model
+) -> dict[str, list[Array]]:
+    names = _values_of(group)
+    session = start_session(file, _exposing(file, names))
+    seen: dict[str, list[Array]] = defaultdict(list)
+
+    def collect(_call: int, outputs: Mapping[str, Array]) -> None:
+        for name in names:
+            seen[name].append(outputs[name])
+
+    for run in runs:
+        decode(session, file, run, model, names, collect)
+    return seen
+
+
+def _hidden_states(file: OnnxFile, runs: Sequence[Run], model: Model) -> list[Array]:
+    """What head.onnx gets as shipped: of the calls that want more than one row."""
+    wanted = [run for run in runs if any(call.rows > 1 for call in run.calls)]
+    if not wanted:
+        return []
+    session = start_session(file, file.model)
+    states: list[Array] = []
+    for run in wanted:
+
+        def collect(call: int, outputs: Mapping[str, Array], run: Run = run) -> None:
+            if run.calls[call].rows > 1:
+                states.append(outputs["hidden_states"][:, -run.calls[call].rows :])
+
+        decode(session, file, run, model, ("hidden_states",), collect)
+    return states
+
+
+def _head_values(file: OnnxFile, group: Sequence[_Piece], states: Sequence[Array]) -> dict[str, list[Array]]:
+    names = _values_of(group)
+    session = start_session(file, _exposing(file, names))
+    seen: dict[str, list[Array]] = defaultdict(list)
+    for state in states:
+        for name, value in zip(names, run_head(session, file, state, names), strict=True):
+            seen[name].append(value)
+    return seen
+
+
+def _values_of(group: Sequence[_Piece]) -> list[str]:
+    return list(dict.fromkeys(name for piece in group for name in (piece.x, piece.y)))
+
+
+def _exposing(file: OnnxFile, names: Sequence[str]) -> onnx.ModelProto:
+    """The model with ``names`` among its outputs."""
+    model = onnx.ModelProto()
+    model.CopyFrom(file.model)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in file.outputs)
+    return model
+
+
+def _row_errors(file: OnnxFile, piece: _Piece, seen: Mapping[str, Sequence[Array]]) -> npt.NDArray[np.float64]:
+    x, made = (
+        np.concatenate([value.reshape(-1, value.shape[-1]) for value in seen[name]]) for name in (piece.x, piece.y)
+    )
+    if piece.matrix.accuracy_level == ROUNDED:
+        x = _rounded(x, piece.matrix.block)
+    y = product(x.astype(np.float64), *piece.matrix.packed(file), piece.matrix.bits)
+    if piece.bias:
+        y += file.constant(piece.bias)
+    difference = np.linalg.norm(made - y, axis=1)
+    return difference / np.maximum(np.linalg.norm(y, axis=1), np.finfo(np.float32).tiny)
+
+
+def _rounded(x: Floats, block: int) -> Floats:
+    """float32 ``[rows, K]`` -> int8 codes times their scale, symmetric for each block of columns, as MLAS does:
+    ``x * (127 / max)``, rounded half to even."""
+    rows, width = x.shape
+    padded = np.zeros((rows, -(-width // block) * block), np.float32)
+    padded[:, :width] = x
+    blocks = padded.reshape(rows, -1, block)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    blocks = np.rint(blocks * factor) * (largest / np.float32(127))
+    return np.ascontiguousarray(blocks.reshape(rows, -1)[:, :width])
