@@ -42,7 +42,7 @@ def text_runner_greedy(bundle: Bundle, prompt: str, steps: int) -> str:
     from executorch.kernels import quantized  # noqa: F401
 
     path = bundle.folder / bundle.manifest.targets["executorch"].path
-    runner = TextLLMRunner(str(path), str(bundle.folder / "tokenizer" / "tokenizer.json"))
+    runner = TextLLMRunner(str(path), str(bundle.folder / "executorch" / "tokenizer.json"))
     pieces: list[str] = []
     config = GenerationConfig(echo=False, max_new_tokens=steps, temperature=0.0)
     runner.generate(prompt, config, pieces.append, lambda _stats: None)

@@ -13,6 +13,7 @@ from pocketlm.errors import UnsupportedError
 from pocketlm_export.backends.base import Artifact, Lowering
 from pocketlm_export.graph.graph import Activation, Attention, Graph, Linear
 from pocketlm_export.quantization.schemes import SchemeRow
+from pocketlm_export.vendor_tokenizers import write_tokenizer_files
 
 __all__ = ["check", "libraries", "write"]
 
@@ -51,7 +52,7 @@ def _check_attention(node: Attention) -> None:
 
 
 def write(lowering: Lowering, folder: Path) -> Artifact:
-    """Write ``model.pte``."""
+    """Write ``model.pte``, and the ``tokenizer.json`` that its runner reads."""
     from pocketlm_export.backends.executorch.emit import emit
     from pocketlm_export.backends.executorch.packing import Packing
     from pocketlm_export.backends.executorch.program import constant_method
@@ -64,6 +65,7 @@ def write(lowering: Lowering, folder: Path) -> Artifact:
     graph = merge_linears(keep_last_positions(lowering.graph, rows))
     emission = emit(graph, Packing(lowering.weights, lowering.progress), longest_call)
     facts = [constant_method(name, value) for name, value in _facts(lowering, longest_call).items()]
+    rewritten = write_tokenizer_files("executorch", lowering.tokenizer_files, folder)
     keys = write_pte(folder / "model.pte", emission, facts)
     entries = {name: replace(entry, name=keys.get(entry.name, entry.name)) for name, entry in emission.entries.items()}
     return Artifact(
@@ -71,7 +73,7 @@ def write(lowering: Lowering, folder: Path) -> Artifact:
         longest_call=longest_call,
         rows=rows,
         entries=entries,
-        notes=_notes(lowering, longest_call),
+        notes=(*_notes(lowering, longest_call), *rewritten),
     )
 
 

@@ -7,7 +7,6 @@ position's logits ``[1, 1, vocabulary]`` and ``hidden_states``, every position's
 
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from pocketlm_export.backends.onnx.layout import DATA_FILE
 from pocketlm_export.backends.onnx.writer import write_data
 from pocketlm_export.graph.graph import Activation, Attention, Graph, Linear
 from pocketlm_export.quantization.schemes import SchemeRow
+from pocketlm_export.vendor_tokenizers import write_tokenizer_files
 
 __all__ = ["check", "libraries", "write"]
 
@@ -70,9 +70,7 @@ def write(lowering: Lowering, folder: Path) -> Artifact:
         (folder / name).write_bytes(content)
     config = genai_config(lowering.config, lowering.generation, graph.context_length)
     (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name, path in lowering.tokenizer_files.items():
-        # A copy: a hard link would share its mode and later edits with the checkpoint.
-        shutil.copyfile(path, folder / name)
+    rewritten = write_tokenizer_files("onnx", lowering.tokenizer_files, folder)
     unknown = [key for key in UNKNOWN_SAMPLING if key in lowering.generation.sampling]
     call = min(LONGEST_CALL, graph.context_length)
     return Artifact(
@@ -82,6 +80,7 @@ def write(lowering: Lowering, folder: Path) -> Artifact:
         entries=entries(graph, models.layout),
         notes=(
             *(f"onnxruntime-genai has no {key}: genai_config.json leaves it out" for key in unknown),
+            *rewritten,
             *lowering.dropped_windows,
         ),
     )
