@@ -28,12 +28,15 @@ def export(
     accept: Iterable[str] = (),
     store: str | os.PathLike[str] | None = None,
     force: bool = False,
+    verify: bool = False,
+    oracle: str | None = None,
     progress: "Progress | None" = None,
 ) -> "Bundle":
     """Export ``checkpoint``, a folder or ``org/name[@revision]``, to a bundle at ``output``; returns it opened.
 
     ``context_length`` None: the smaller of the model's and 4096. The other options are :class:`ExportOptions`'.
-    Raises :class:`pocketlm.InputError` for what can't be exported; nothing is left at ``output`` then.
+    Raises :class:`pocketlm.InputError` for what can't be exported, :class:`pocketlm.CheckError` for a bundle that fails
+    its verification; nothing is left at ``output`` then.
     """
     from pocketlm_export.pipeline import Progress, export_bundle
 
@@ -45,6 +48,8 @@ def export(
         accept=tuple(accept),
         store=None if store is None else Path(store),
         force=force,
+        verify=verify,
+        oracle=oracle,
     )
     return export_bundle(os.fspath(checkpoint), Path(output), options, progress or Progress())
 

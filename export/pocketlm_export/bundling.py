@@ -78,6 +78,11 @@ class BundleWriter:
             with contextlib.suppress(OSError):  # not empty: it holds the bundle, or someone else's files
                 folder.rmdir()
 
+    @property
+    def written(self) -> Path:
+        """Where the bundle lies until :meth:`commit`; whole once there is a manifest."""
+        return self._folder
+
     def folder(self, name: str) -> Path:
         """A new empty folder of the bundle."""
         path = self._folder / name

@@ -20,7 +20,8 @@ class ExportOptions:
     """The options of ``pocketlm export``; a recipe file holds the same keys.
 
     ``context`` None: the smaller of the model's and 4096. ``accept`` names configuration keys and tensors of the
-    checkpoint to ignore. ``store`` None: the default store.
+    checkpoint to ignore. ``store`` None: the default store. ``verify``: end with a certificate; ``oracle`` names the
+    independent implementation that takes part in it.
     """
 
     targets: tuple[str, ...] = TARGETS
@@ -30,6 +31,8 @@ class ExportOptions:
     accept: tuple[str, ...] = ()
     store: Path | None = None
     force: bool = False
+    verify: bool = False
+    oracle: str | None = None
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -41,6 +44,8 @@ class ExportOptions:
             raise InputError(f"unknown scheme {self.scheme!r}; valid: {', '.join(SCHEMES)}")
         if self.head not in HEADS:
             raise InputError(f"unknown head {self.head!r}; valid: {', '.join(HEADS)}")
+        if self.oracle is not None and not self.verify:
+            raise InputError("an oracle takes part in verification, which is switched off")
         if self.context is not None and (
             isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 2
         ):
@@ -57,6 +62,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not valid TOML: {error}") from error
     kinds: dict[str, type] = {
         "targets": list, "accept": list, "scheme": str, "head": str, "context": int, "store": str, "force": bool,
+        "verify": bool, "oracle": str,
     }  # fmt: skip
     valid = [field.name for field in fields(ExportOptions)]
     for key, value in content.items():

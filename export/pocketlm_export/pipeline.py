@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pocketlm.bundle import Bundle, open_bundle
-from pocketlm.errors import ContextLengthError, InputError
+from pocketlm.errors import CheckError, ContextLengthError, InputError
 from pocketlm_export.backends.base import Artifact, Lowering, load_backend
 from pocketlm_export.bundling import BundleWriter
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +18,7 @@ from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import LIMIT as STORE_LIMIT
 from pocketlm_export.quantization.store import WeightStore, default_store
 from pocketlm_export.quantization.weights import quantize
+from pocketlm_export.verify import write_certificate
 
 __all__ = ["Progress", "export_bundle", "resolve_context"]
 
@@ -34,7 +35,8 @@ class Progress:
 def export_bundle(source: str, output: Path, options: ExportOptions, progress: Progress = Progress()) -> Bundle:
     """Export ``source``, a folder or ``org/name[@revision]``, to a bundle at ``output``.
 
-    Raises :class:`pocketlm.InputError` for what can't be exported; nothing is left at ``output`` then.
+    Raises :class:`pocketlm.InputError` for what can't be exported, :class:`pocketlm.CheckError` for a bundle that fails
+    its verification; nothing is left at ``output`` then.
     """
     progress.stage("read", 0)
     with BundleWriter(output, force=options.force) as writer:
@@ -44,7 +46,10 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
         checkpoint = replace(checkpoint, generation=with_tokenizer_stop(checkpoint.generation, text.tokenizer))
 
         progress.stage("trace", 0)
-        from pocketlm_export.graph.trace import trace  # imports torch, so only once the input is known to be good
+        # These import torch, so only once the input is known to be good.
+        from pocketlm_export.graph.trace import trace
+        from pocketlm_export.verify.subject import exported_subject
+        from pocketlm_export.verify.verification import issue_certificate
 
         graph = trace(checkpoint.config, context)
         weights_needed = graph.weights()
@@ -84,6 +89,15 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
         writer.add_tokenizer(checkpoint)
         writer.add_licenses(checkpoint)
         writer.add_manifest(checkpoint, graph, options, weights, artifacts, libraries)
+        if options.verify:
+            subject = exported_subject(open_bundle(writer.written), graph, weights, checkpoint)
+            certificate = issue_certificate(subject, oracle=options.oracle, stage=progress.stage)
+            if not certificate.passed:
+                raise CheckError(
+                    f"{output}: verification failed, nothing was exported: {'; '.join(certificate.failures)}. "
+                    "--no-verify keeps the bundle, pocketlm verify shows every figure"
+                )
+            write_certificate(writer.written, certificate)
         writer.commit()
     return open_bundle(output)
 

@@ -50,6 +50,9 @@ class WeightSource(Protocol):
     def blocks(self, name: str) -> Iterator[tuple[int, Floats]]:
         """``(first row, values)`` of a matrix, dequantized where it is quantized."""
 
+    def release(self) -> None:
+        """Let the kernel drop mapped pages: resident memory counts them."""
+
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class Lane:
@@ -97,6 +100,7 @@ def _embed(node: Embedding, states: Sequence["_State"]) -> None:
                 here = (state.tokens >= start) & (state.tokens < start + len(block))
                 rows = state.rounded(node.weight.name, block[state.tokens[here] - start])
                 state.values[node.output][torch.from_numpy(here)] = rows
+        group[0].lane.weights.release()
 
 
 def _multiply_weights(node: Linear, states: Sequence["_State"]) -> None:
@@ -114,6 +118,7 @@ def _multiply_weights(node: Linear, states: Sequence["_State"]) -> None:
                     made = state.values[output]
                     made[:, start : start + len(block)] = y[first : first + len(made)]
                     first += len(made)
+            group[0].lane.weights.release()
         if bias is not None:
             for state in states:
                 state.values[output] += state.vector(bias)

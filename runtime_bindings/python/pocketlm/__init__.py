@@ -23,14 +23,17 @@ from pocketlm.errors import (
 if TYPE_CHECKING:
     from pocketlm.bundle import Bundle
     from pocketlm.bundle import open_bundle as open
+    from pocketlm.certificate import Certificate
     from pocketlm.chat import chat
     from pocketlm.generate import Piece, generate
     from pocketlm.session import Session
     from pocketlm_export import export
+    from pocketlm_export.verify import verify_bundle as verify
 
 __all__ = [
     "Bundle",
     "BundleError",
+    "Certificate",
     "CheckError",
     "CheckpointError",
     "ContextLengthError",
@@ -50,18 +53,15 @@ __all__ = [
 
 _LAZY = {
     "Bundle": ("pocketlm.bundle", "Bundle"),
+    "Certificate": ("pocketlm.certificate", "Certificate"),
     "Piece": ("pocketlm.generate", "Piece"),
     "Session": ("pocketlm.session", "Session"),
     "chat": ("pocketlm.chat", "chat"),
     "export": ("pocketlm_export", "export"),
     "generate": ("pocketlm.generate", "generate"),
     "open": ("pocketlm.bundle", "open_bundle"),
+    "verify": ("pocketlm_export.verify", "verify_bundle"),
 }
-
-
-def verify(bundle: object, /) -> None:  # noqa: ARG001
-    """Issue the certificate of ``bundle``. Not in this release: raises :class:`UnsupportedError`."""
-    raise UnsupportedError("pocketlm.verify: verification is not in this release; opening a bundle checks its hashes")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ import typer
 
 from pocketlm.errors import PocketLMError, printable
 
-__all__ = ["Debug", "Interrupted", "Json", "Runtime", "Threads", "note", "print_json", "reported"]
+__all__ = ["Debug", "Interrupted", "Json", "Oracle", "Runtime", "Threads", "note", "print_json", "reported"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pocketlm.bundle import Bundle
+from pocketlm.certificate import Certificate
+from pocketlm.cli.certificate import certificate_lines, verdict
 
 __all__ = ["KV_BYTES", "describe_bundle", "print_bundle", "print_table", "readable"]
 
@@ -48,8 +50,8 @@ def describe_bundle(bundle: Bundle, context_length: int | None = None) -> dict[s
     }
 
 
-def print_bundle(description: Mapping[str, Any]) -> None:
-    """The same for people."""
+def print_bundle(description: Mapping[str, Any], certificate: Certificate | None) -> None:
+    """The same for people, the certificate as a table behind it."""
     model, scheme = description["model"], description["scheme"]
     classes = ", ".join(f"{name} {scheme[name]}" for name in ("linears", "embedding", "head"))
     rows = [
@@ -58,7 +60,7 @@ def print_bundle(description: Mapping[str, Any]) -> None:
         ("context", f"{model['context_length']:,} positions of the model's {model['trained_context_length']:,}"),
         ("scheme", f"{scheme['name']}: {classes}; {scheme['bits_per_weight']:.2f} bits per weight"),
         ("chat template", "yes" if description["chat_template"] else "no"),
-        ("certificate", "none" if description["certificate"] is None else "there is one"),
+        ("certificate", "none" if certificate is None else verdict(certificate)),
     ]
     for name, target in description["targets"].items():
         runtime = ", ".join(f"{package} {versions}" for package, versions in target["runtime"].items())
@@ -69,6 +71,10 @@ def print_bundle(description: Mapping[str, Any]) -> None:
             *(("", text) for text in target["notes"]),
         ]
     print_table(rows)
+    if certificate is not None:
+        print()
+        for line in certificate_lines(certificate):
+            print(line)
 
 
 def print_table(rows: Iterable[tuple[str, str]]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketlm.cli.console import Debug, Json, note, print_json, reported
+from pocketlm.cli.console import Debug, Json, Oracle, print_json, reported
 
 __all__ = ["EXAMPLE", "export"]
 
@@ -37,19 +37,19 @@ def export(
         Path | None, typer.Option(metavar="DIR", help="The weight store; default: $XDG_CACHE_HOME/pocketlm.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle at --output.")] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", hidden=True)] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="End without a certificate.")] = False,
+    oracle: Oracle = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Export a checkpoint to a bundle."""
     with reported(debug):
+        from pocketlm.cli.certificate import verdict
         from pocketlm.cli.description import describe_bundle, print_bundle
         from pocketlm.cli.progress import export_progress
         from pocketlm_export.options import ExportOptions, read_recipe
         from pocketlm_export.pipeline import export_bundle
 
-        if no_verify:
-            note("--no-verify: this release does not verify, so there is nothing to skip")
         options: dict[str, Any] = read_recipe(config) if config is not None else {}
         given = {
             "targets": tuple(name.strip() for name in targets.split(",")) if targets is not None else None,
@@ -59,6 +59,8 @@ def export(
             "accept": tuple(accept) if accept else None,
             "store": store,
             "force": force or None,
+            "verify": False if no_verify else None,
+            "oracle": oracle,
         }
         options |= {name: value for name, value in given.items() if value is not None}
         started = time.perf_counter()
@@ -69,5 +71,6 @@ def export(
         if json:
             print_json({**description, "seconds": seconds})
         else:
-            print_bundle(description)
-            print(f"exported in {seconds:.1f} s; not verified: this release does not issue certificates")
+            print_bundle(description, bundle.certificate)
+            ending = "not verified: --no-verify" if bundle.certificate is None else verdict(bundle.certificate)
+            print(f"exported in {seconds:.1f} s; {ending}")

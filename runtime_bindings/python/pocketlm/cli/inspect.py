@@ -52,7 +52,7 @@ def _inspect_bundle(path: str, context: int | None, json: bool) -> None:
     if json:
         print_json(description)
     else:
-        print_bundle(description)
+        print_bundle(description, bundle.certificate)
 
 
 def _inspect_checkpoint(path: str, context: int | None, check: bool, accept: list[str], json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import pocketlm
-from pocketlm.cli import chat, export, inspect, run, store
+from pocketlm.cli import chat, export, inspect, run, store, verify
 from pocketlm.cli.console import Interrupted, note
 
 __all__ = ["app", "main"]
@@ -25,6 +25,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 a check failed; 2 bad usage or bad input; 3 not available here; 130 interrupted.",
 )
 app.command("export", epilog=export.EXAMPLE)(export.export)
+app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
 app.command("inspect", epilog=inspect.EXAMPLE)(inspect.inspect)
 app.command("run", epilog=run.EXAMPLE)(run.run)
 app.command("chat", epilog=chat.EXAMPLE)(chat.chat)

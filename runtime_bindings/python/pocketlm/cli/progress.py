@@ -21,6 +21,7 @@ LABELS = {
     "golden": "golden vectors",
     "finish": "hashing",
 }
+VERBS = {"write": "writing", "verify": "verifying", "run": "running"}
 
 
 @contextmanager
@@ -67,4 +68,5 @@ def _print_stage(name: str, elements: int) -> None:
 
 
 def _label(name: str) -> str:
-    return LABELS.get(name) or name.replace("write ", "writing ")
+    verb, _, rest = name.partition(" ")
+    return LABELS.get(name) or f"{VERBS[verb]} {rest}"

@@ -1,0 +1,185 @@
+"""Level 1: every code, scale, value, whole table and attribute of an artifact equals what it was made from."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketlm.certificate import Check
+from pocketlm.errors import BundleError
+from pocketlm.manifest import Manifest, Weight
+from pocketlm_export.backends.reading import Reader, StoredConstants, WrittenMatrix
+from pocketlm_export.graph.graph import Attention, Graph, RmsNorm
+from pocketlm_export.graph.rotary import rotary_tables
+from pocketlm_export.quantization.rounding import pack_nibbles
+from pocketlm_export.quantization.store import ContentDigest
+from pocketlm_export.verify.thresholds import DIFFERING, check
+
+__all__ = ["check_structure", "expected", "row_ranges"]
+
+BLOCK_ELEMENTS = 1 << 20
+Floats = npt.NDArray[np.float32]
+Value = int | float | str | npt.NDArray[Any] | None
+
+
+class Values(Protocol):
+    """Where weights that aren't quantized are read, to compare with what an artifact rounded."""
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Floats]]:
+        """``(first row, values)``."""
+
+
+def check_structure(
+    target: str, reader: Reader, graph: Graph, manifest: Manifest, values: Values | None
+) -> tuple[list[Check], dict[str, int]]:
+    """Level 1's checks, and how many things of each kind were compared.
+
+    ``values`` None: nothing to compare rounded values with; those that aren't exact are counted as ``not comparable``.
+    """
+    weights, facts = _Tally(), _Tally()
+    incomparable = 0
+    for name, weight in manifest.weights.items():
+        try:
+            known = _weight_is_known(target, reader, name, weight, values)
+        except BundleError as error:
+            weights.differ(str(error))
+            continue
+        incomparable += known is None
+        weights.count(name, known is not False)
+    stated: dict[tuple[str, str], Value] = {}
+    for fact in reader.facts():
+        key = fact.node, fact.name
+        if key in stated and not _equal(stated[key], fact.value):
+            facts.differ(f"{fact.name} of {fact.node} is stated twice, differently")
+        stated[key] = fact.value
+    wanted = {
+        key: value
+        for key, value in expected(graph, reader.stored).items()
+        if key[1] not in reader.unstated
+    }  # fmt: skip
+    for (node, name), value in wanted.items():
+        if (node, name) not in stated:
+            facts.differ(f"{name} of {node} is not in the file")
+        else:
+            found = stated[node, name]
+            facts.count(f"{name} of {node}: {_shown(found)}, not {_shown(value)}", _equal(found, value))
+    for node, name in stated.keys() - wanted.keys():
+        facts.differ(f"{name} of {node} is in the file, but not in the model")
+    checks = [
+        check(DIFFERING, weights.differing, subject="weights", where=weights.first),
+        check(DIFFERING, facts.differing, subject="tables and attributes", where=facts.first),
+    ]
+    counts = {"weights": weights.compared, "tables and attributes": facts.compared}
+    return checks, counts | ({"not comparable without the checkpoint": incomparable} if incomparable else {})
+
+
+def expected(graph: Graph, stored: StoredConstants) -> dict[tuple[str, str], Value]:
+    """``(node, name) -> value`` of every fact, rounded as the artifact stores it.
+
+    Nodes: ``program``; ``attention L``; ``norm I``, in the order of execution, those of queries and keys included.
+    """
+    facts: dict[tuple[str, str], Value] = {
+        ("program", "context_length"): graph.context_length,
+        ("program", "vocabulary_size"): graph.logits.width,
+    }
+    epsilons: list[float] = []
+    for node in graph:
+        match node:
+            case RmsNorm():
+                epsilons.append(node.epsilon)
+            case Attention():
+                epsilons += [node.norm_epsilon] * sum(norm is not None for norm in (node.query_norm, node.key_norm))
+                cosine: Value = None
+                sine: Value = None
+                if node.rotary is not None:
+                    cosine, sine = (t.astype(stored.table) for t in rotary_tables(node.rotary, graph.context_length))
+                facts |= {
+                    (f"attention {node.layer}", name): value
+                    for name, value in (
+                        ("heads", node.heads), ("kv_heads", node.kv_heads), ("head_dim", node.head_dim),
+                        ("scale", stored.scale(node.scale)), ("window", node.window), ("softcap", node.softcap),
+                        ("cosine", cosine), ("sine", sine),
+                    )
+                }  # fmt: skip
+            case _:
+                pass
+    return facts | {(f"norm {index}", "epsilon"): stored.epsilon(value) for index, value in enumerate(epsilons)}
+
+
+def row_ranges(shape: tuple[int, ...] | list[int]) -> Iterator[tuple[int, int]]:
+    """Blocks of rows of about a million elements."""
+    step = max(1, BLOCK_ELEMENTS // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+@dataclass(slots=True)
+class _Tally:
+    compared: int = 0
+    differing: int = 0
+    first: str | None = field(default=None)
+
+    def count(self, what: str, equal: bool) -> None:
+        self.compared += 1
+        if not equal:
+            self.differ(what)
+
+    def differ(self, what: str) -> None:
+        self.differing += 1
+        self.first = self.first or what
+
+
+def _weight_is_known(target: str, reader: Reader, name: str, weight: Weight, values: Values | None) -> bool | None:
+    """Whether the artifact's rows are the weight that the manifest knows; None where that can't be told."""
+    place = weight.places.get(target)
+    if place is None:
+        return False
+    content, plain = ContentDigest(), hashlib.sha256()
+    for start, stop in row_ranges(weight.shape):
+        found = reader.rows(place.entry, place.first_row + start, place.first_row + stop)
+        if isinstance(found, WrittenMatrix):
+            if weight.scheme == "fp32" or found.bits != {"int4": 4, "int8": 8}[weight.scheme]:
+                return False
+            if found.codes.shape != (stop - start, *weight.shape[1:]):
+                return False
+            packed = pack_nibbles(found.codes) if found.bits == 4 else np.ascontiguousarray(found.codes)
+            half, exact = _bfloat16(found.scales)
+            if not exact:
+                return False
+            content.update(packed.data.cast("B"), half.data.cast("B"))
+        elif weight.scheme != "fp32" or found.shape != (stop - start, *weight.shape[1:]):
+            return False
+        else:
+            plain.update(np.ascontiguousarray(found, "<f4").data.cast("B"))
+    if weight.scheme != "fp32":
+        return content.hexdigest() == weight.sha256
+    if plain.hexdigest() == weight.sha256:
+        return True
+    if reader.stored.value is np.float32:
+        return False
+    if values is None:
+        return None
+    for start, block in values.blocks(name):
+        found = reader.rows(place.entry, place.first_row + start, place.first_row + start + len(block))
+        stored = block.astype(reader.stored.value).astype(np.float32)
+        if isinstance(found, WrittenMatrix) or not np.array_equal(found, stored):
+            return False
+    return True
+
+
+def _bfloat16(scales: Floats) -> tuple[npt.NDArray[np.uint16], bool]:
+    bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
+    return (bits >> 16).astype(np.uint16), not (bits & 0xFFFF).any()
+
+
+def _equal(left: Value, right: Value) -> bool:
+    if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
+        return isinstance(left, np.ndarray) and isinstance(right, np.ndarray) and np.array_equal(left, right)
+    return left == right
+
+
+def _shown(value: Value) -> str:
+    return f"a table {list(value.shape)}" if isinstance(value, np.ndarray) else repr(value)

@@ -1,0 +1,133 @@
+"""What is verified: a bundle, the graph that it was made from, and the weights that it should hold."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketlm.bundle import Bundle
+from pocketlm.errors import InputError
+from pocketlm_export.architectures import DecoderConfig
+from pocketlm_export.backends.reading import Reader, WrittenMatrix
+from pocketlm_export.checkpoint.checkpoint import Checkpoint, Tensors, open_checkpoint, read_configuration
+from pocketlm_export.checkpoint.hub import locate
+from pocketlm_export.graph.graph import Graph
+from pocketlm_export.quantization.schemes import SCHEMES, SchemeRow
+from pocketlm_export.quantization.store import WeightStore
+from pocketlm_export.quantization.weights import Weights, quantize
+from pocketlm_export.verify.lockstep import WeightSource
+from pocketlm_export.verify.structure import row_ranges
+
+__all__ = ["ArtifactWeights", "OriginalWeights", "Subject", "open_subject"]
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """``weights``: the store's; None if they can only be read from an artifact. ``originals`` and ``checkpoint`` are
+    the checkpoint's values and folder; None where it was not given."""
+
+    bundle: Bundle
+    graph: Graph
+    weights: WeightSource | None = None
+    originals: "OriginalWeights | None" = None
+    checkpoint: Path | None = None
+
+
+class OriginalWeights:
+    """A checkpoint's own values, none quantized."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+
+    def row(self, name: str) -> SchemeRow | None:  # noqa: ARG002
+        """None: all values are kept."""
+        return None
+
+    def values(self, name: str) -> Floats:
+        """A whole vector."""
+        return self._tensors.values(name)
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Floats]]:
+        """``(first row, values)``."""
+        return self._tensors.blocks(name)
+
+    def release(self) -> None:
+        """Let the kernel drop mapped pages."""
+        self._tensors.release()
+
+
+class ArtifactWeights:
+    """The weights as one artifact of the bundle holds them: what a bundle is verified with when it is all there is.
+
+    Level 1 holds every artifact, this one too, against the manifest's hash of each weight.
+    """
+
+    def __init__(self, bundle: Bundle, target: str, reader: Reader) -> None:
+        self._manifest, self._target, self._reader = bundle.manifest, target, reader
+
+    def row(self, name: str) -> SchemeRow | None:
+        """The row of the weight's scheme."""
+        return SCHEMES[self._manifest.weights[name].scheme]
+
+    def values(self, name: str) -> Floats:
+        """A whole vector."""
+        return np.concatenate([values for _, values in self.blocks(name)])
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Floats]]:
+        """``(first row, values)``, dequantized."""
+        weight = self._manifest.weights[name]
+        place = weight.places[self._target]
+        for start, stop in row_ranges(weight.shape):
+            found = self._reader.rows(place.entry, place.first_row + start, place.first_row + stop)
+            yield start, dequantized(found) if isinstance(found, WrittenMatrix) else found
+
+    def release(self) -> None:
+        """Nothing to do: a reader maps what it is asked for."""
+
+
+def dequantized(matrix: WrittenMatrix) -> Floats:
+    """float32 ``[n, K]``: code times scale."""
+    rows, columns = matrix.codes.shape
+    wide = matrix.codes.reshape(rows, matrix.scales.shape[1], -1).astype(np.float32)
+    wide *= matrix.scales[:, :, None]
+    return wide.reshape(rows, columns)
+
+
+def open_subject(
+    bundle: Bundle,
+    reference: str | None,
+    store: WeightStore,
+    trace: Callable[[DecoderConfig, int], Graph],
+    advance: Callable[[str, int], None],
+) -> Subject:
+    """The subject of ``pocketlm verify``; ``reference`` is a folder or ``org/name[@revision]``.
+
+    Raises :class:`InputError` if that is not the checkpoint that the bundle was made from.
+    """
+    manifest = bundle.manifest
+    accepted = manifest.provenance.accepted
+    if reference is None:
+        bundle.check_files("config.json")
+        _, config = read_configuration(bundle.folder, accepted)
+        return Subject(bundle, trace(config, manifest.model.context_length))
+    checkpoint = open_checkpoint(locate(reference), accepted)
+    graph = trace(checkpoint.config, manifest.model.context_length)
+    checkpoint.check_tensors(graph.weights(), accepted)
+    if checkpoint.digest(graph.weights()) != manifest.provenance.checkpoint_sha256:
+        raise InputError(f"{reference}: not the checkpoint that {bundle.folder} was made from: its hash differs")
+    weights = quantize(checkpoint.tensors, scheme_rows(bundle), store, advance)
+    return exported_subject(bundle, graph, weights, checkpoint)
+
+
+def exported_subject(bundle: Bundle, graph: Graph, weights: Weights, checkpoint: Checkpoint) -> Subject:
+    """The subject at the end of an export."""
+    return Subject(bundle, graph, weights, OriginalWeights(checkpoint.tensors), checkpoint.folder)
+
+
+def scheme_rows(bundle: Bundle) -> Mapping[str, SchemeRow | None]:
+    """The scheme row of each weight, as the manifest names it."""
+    return {name: SCHEMES[weight.scheme] for name, weight in bundle.manifest.weights.items()}

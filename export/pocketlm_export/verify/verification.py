@@ -1,0 +1,283 @@
+"""Verification, the main path: from a written bundle to its certificate."""
+
+import hashlib
+import importlib.metadata
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pocketlm.bundle import RUNTIMES, Bundle
+from pocketlm.certificate import Certificate, Level, Loss, Oracle, TargetCertificate, rounded
+from pocketlm.errors import BundleError, InputError, PocketLMError
+from pocketlm.machine import machine_facts
+from pocketlm.session import Session
+from pocketlm_export.backends.reading import EXACT, Reader, Run, Trace, open_reader
+from pocketlm_export.verify.comparison import likeness
+from pocketlm_export.verify.evidence import Runs, choose_runs, greedy_run
+from pocketlm_export.verify.levels import (
+    Greedy,
+    attempted,
+    emulated_level,
+    graph_level,
+    kernels_level,
+    level,
+    meaning_level,
+    whole_level,
+)
+from pocketlm_export.verify.lockstep import Lane, WeightSource, run_lanes
+from pocketlm_export.verify.oracle import check_oracle, judge_oracle, oracle_traces
+from pocketlm_export.verify.structure import check_structure
+from pocketlm_export.verify.subject import ArtifactWeights, Subject
+from pocketlm_export.verify.text import check_text
+
+__all__ = ["issue_certificate"]
+
+Stage = Callable[[str, int], None]
+ORIGINAL, ORIGINAL_EAGER, EAGER = "original", "original, float32", "float32"
+
+
+def issue_certificate(
+    subject: Subject,
+    *,
+    targets: Sequence[str] | None = None,
+    oracle: str | None = None,
+    stage: Stage = lambda _name, _elements: None,
+) -> Certificate:
+    """Open the written files of ``targets`` (default: all) and measure the five levels on each.
+
+    A level that fails is in the certificate; what is raised is what keeps it from being issued: an oracle that isn't
+    there or has no checkpoint, a target that the bundle doesn't have, a bundle that holds no readable weights.
+    """
+    bundle, graph = subject.bundle, subject.graph
+    chosen = _chosen(bundle, targets)
+    if oracle is not None:
+        check_oracle(oracle)
+        if subject.checkpoint is None:
+            raise InputError("an oracle computes with the checkpoint: give it with --reference")
+    bundle.check_files()
+
+    stage("verify the text", 0)
+    text = check_text(bundle)
+    elements = sum(math.prod(weight.shape) for weight in graph.weights().values())
+    runs = choose_runs(graph, bundle.manifest, bundle.tokenizer, elements)
+    artifacts = [_Artifact(bundle, target) for target in chosen]
+    weights = subject.weights or _weights_of_an_artifact(bundle, artifacts)
+    for artifact in artifacts:
+        stage(f"run {artifact.target}", 0)
+        artifact.run_shipped(runs)
+
+    stage("run the reference", 0)
+    lanes = [lane for artifact in artifacts for lane in artifact.lanes(runs, weights)]
+    originals = _original_lanes(subject, runs, oracle)
+    traces = run_lanes(graph, [*lanes, *_eager_lane(lanes, runs, weights), *originals])
+    values = subject.weights or (weights if _exact(artifacts) else None)
+    certificates = {}
+    for artifact in artifacts:
+        stage(f"verify {artifact.target}", 0)
+        certificates[artifact.target] = artifact.judge(subject, runs, values, traces)
+        weights.release()
+
+    return Certificate(
+        format_version="1.0",
+        manifest_sha256=hashlib.sha256((bundle.folder / "manifest.json").read_bytes()).hexdigest(),
+        pocketlm=importlib.metadata.version("pocketlm"),
+        libraries=_libraries(chosen),
+        machine=machine_facts(),
+        evidence=runs.evidence(),
+        targets=certificates,
+        loss=_loss(runs, next(iter(lanes)).name, traces),
+        oracle=_oracle(subject, runs, traces, oracle, stage),
+        text=text,
+    ).sealed()
+
+
+@dataclass(slots=True)
+class _Artifact:
+    """One target under verification: its reader, and what its shipped form gave."""
+
+    bundle: Bundle
+    target: str
+    reader: Reader | None = field(init=False, default=None)
+    refusal: PocketLMError | None = field(init=False, default=None)
+    shipped: list[Trace] | PocketLMError | None = field(init=False, default=None)
+    greedy: tuple[int, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        path = self.bundle.folder / self.bundle.manifest.targets[self.target].path
+        try:
+            self.reader = open_reader(self.target, path, self.bundle.manifest)
+        except PocketLMError as error:
+            self.refusal = error
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any linear is."""
+        return self.bundle.manifest.scheme.linears != "fp32" or self.bundle.manifest.scheme.head != "fp32"
+
+    def run_shipped(self, runs: Runs) -> None:
+        """The texts, and a greedy continuation, as users run the artifact; an emulation where its runtime isn't."""
+        if self.reader is None:
+            return
+        try:
+            self.shipped = self.reader.emulate(runs.texts)
+            if self.shipped is None:
+                with self.bundle.session(self.target) as session:
+                    self.shipped = [_session_trace(session, run) for run in runs.texts]
+                    self.greedy = _greedy(session, runs.greedy_prompt, runs.steps)
+        except PocketLMError as error:
+            self.shipped = error
+
+    def lanes(self, runs: Runs, weights: WeightSource) -> list[Lane]:
+        """The float64 reference with this artifact's constants, and the one whose noise predicts the artifact's."""
+        stored = EXACT if self.reader is None else self.reader.stored
+        own = [greedy_run("the greedy continuation", runs.greedy_prompt, self.greedy)] if self.greedy else []
+        exact = Lane(name=self.target, runs=(*runs.texts, *runs.probes, *own), weights=weights, stored=stored)
+        rounding = None if self.reader is None else self.reader.round_activations
+        if rounding is None or not self.quantized:
+            return [exact]
+        simulated = Lane(
+            name=f"{self.target}, simulated", runs=runs.texts, weights=weights, dtype=torch.float32, stored=stored,
+            round_activations=rounding,
+        )  # fmt: skip
+        return [exact, simulated]
+
+    def judge(
+        self, subject: Subject, runs: Runs, values: WeightSource | None, traces: dict[str, list[Trace]]
+    ) -> TargetCertificate:
+        reader, both = self.reader, (*runs.texts, *runs.probes)
+        if reader is None:
+            reason = str(self.refusal)
+            broken = Level(level=1, name="bytes", status="failed", reason=reason)
+            return TargetCertificate(levels=[broken])
+        reference = traces[self.target]
+        exact, texts, own = reference[: len(both)], reference[: len(runs.texts)], reference[len(both) :]
+        eager = traces.get(EAGER, [])
+
+        def bytes_level() -> Level:
+            checks, counts = check_structure(self.target, reader, subject.graph, self.bundle.manifest, values)
+            return level(1, checks, counts)
+
+        def whole() -> Level:
+            if isinstance(self.shipped, PocketLMError):
+                raise self.shipped
+            assert self.shipped is not None
+            if not self.greedy:
+                return emulated_level(texts, self.shipped)
+            simulated = traces.get(f"{self.target}, simulated")
+            floor = eager[: len(runs.texts)] if simulated is None else simulated
+            greedy = Greedy(self.greedy, own)
+            return whole_level(texts, floor, self.shipped, greedy, quantized=simulated is not None)
+
+        levels = [
+            attempted(1, bytes_level),
+            attempted(2, lambda: graph_level(both, exact, reader.execute(both))),
+            attempted(3, lambda: meaning_level(both, exact, eager, reader.meaning(both))),
+            attempted(4, lambda: kernels_level(reader.kernels(runs.texts))),
+            attempted(5, whole),
+        ]
+        return TargetCertificate(levels=levels, notes=list(reader.notes))
+
+
+def _chosen(bundle: Bundle, targets: Sequence[str] | None) -> list[str]:
+    present = list(bundle.manifest.targets)
+    missing = [target for target in targets or () if target not in present]
+    if missing:
+        raise InputError(f"{bundle.folder}: no {missing[0]} artifact; this bundle has {', '.join(present)}")
+    return present if targets is None else list(dict.fromkeys(targets))
+
+
+def _weights_of_an_artifact(bundle: Bundle, artifacts: Sequence[_Artifact]) -> WeightSource:
+    """The weights as one of the artifacts holds them, one with exact values if there is one."""
+    readable = sorted(
+        (artifact for artifact in artifacts if artifact.reader is not None),
+        key=lambda artifact: artifact.reader is not None and artifact.reader.stored.value is not np.float32,
+    )
+    if not readable or readable[0].reader is None:
+        refusals = "; ".join(str(artifact.refusal) for artifact in artifacts)
+        raise BundleError(f"{bundle.folder}: no artifact can be read: {refusals}")
+    return ArtifactWeights(bundle, readable[0].target, readable[0].reader)
+
+
+def _exact(artifacts: Sequence[_Artifact]) -> bool:
+    return any(a.reader is not None and a.reader.stored.value is np.float32 for a in artifacts)
+
+
+def _eager_lane(lanes: Sequence[Lane], runs: Runs, weights: WeightSource) -> list[Lane]:
+    """Eager float32: the floor of what real runtimes can reach in float32."""
+    both = (*runs.texts, *runs.probes)
+    return [Lane(name=EAGER, runs=both, weights=weights, dtype=torch.float32)] if lanes else []
+
+
+def _original_lanes(subject: Subject, runs: Runs, oracle: str | None) -> list[Lane]:
+    if subject.originals is None:
+        return []
+    eager = Lane(name=ORIGINAL_EAGER, runs=runs.texts, weights=subject.originals, dtype=torch.float32)
+    if oracle is None:
+        return [eager]
+    return [eager, Lane(name=ORIGINAL, runs=runs.texts, weights=subject.originals)]
+
+
+def _session_trace(session: Session, run: Run) -> Trace:
+    session.rewind(0)
+    return Trace([session.extend(call.tokens, logits=call.rows) for call in run.calls])
+
+
+def _greedy(session: Session, prompt: Sequence[int], steps: int) -> tuple[int, ...]:
+    session.rewind(0)
+    logits = session.extend(prompt)
+    chosen = [int(logits[-1].argmax())]
+    while len(chosen) < steps:
+        chosen.append(int(session.extend(chosen[-1:])[-1].argmax()))
+    return tuple(chosen)
+
+
+def _loss(runs: Runs, reference: str, traces: dict[str, list[Trace]]) -> Loss | None:
+    """The reference on the bundle's weights against the one on the original ones."""
+    originals = traces.get(ORIGINAL_EAGER)
+    if originals is None:
+        return None
+    own = traces[reference][: len(runs.texts)]
+    found = likeness(originals, own)
+    return Loss(
+        nats_per_token=rounded(_nats_per_token(runs.texts, own)) or 0.0,
+        original_nats_per_token=rounded(_nats_per_token(runs.texts, originals)) or 0.0,
+        mean_kl=rounded(found.mean_kl) or 0.0,
+        rms=rounded(found.rms) or 0.0,
+    )
+
+
+def _nats_per_token(runs: Sequence[Run], traces: Sequence[Trace]) -> float:
+    """The mean cost of the tokens that follow judged positions."""
+    costs = []
+    for run, trace in zip(runs, traces, strict=True):
+        tokens, stop = run.tokens, 0
+        for call, logits in zip(run.calls, trace.logits, strict=True):
+            stop += len(call.tokens)
+            for row, position in zip(logits, range(stop - call.rows, stop), strict=True):
+                if position + 1 < len(tokens):
+                    wide = row.astype(np.float64)
+                    costs.append(float(np.logaddexp.reduce(wide) - wide[tokens[position + 1]]))
+    return float(np.mean(costs))
+
+
+def _oracle(
+    subject: Subject, runs: Runs, traces: dict[str, list[Trace]], oracle: str | None, stage: Stage
+) -> Oracle | None:
+    if oracle is None or subject.checkpoint is None:
+        return None
+    stage(f"run {oracle}", 0)
+    return judge_oracle(traces[ORIGINAL], traces[ORIGINAL_EAGER], oracle_traces(subject.checkpoint, runs.texts))
+
+
+def _libraries(targets: Sequence[str]) -> dict[str, str]:
+    packages = ["numpy", "torch", *(RUNTIMES[target] for target in targets)]
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return dict(sorted(found.items()))

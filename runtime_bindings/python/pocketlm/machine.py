@@ -1,0 +1,34 @@
+"""What this machine is, for whoever reads a figure that was measured on it."""
+
+import os
+import platform
+from pathlib import Path
+
+__all__ = ["machine_facts"]
+
+# What decides which kernels the runtimes choose.
+FEATURES = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimddp", "i8mm", "bf16", "sve", "sve2", "sme",
+)  # fmt: skip
+
+
+def machine_facts() -> dict[str, str]:
+    """``system``, ``cpu``, ``cores`` that this process may use, and ``features``: the CPU's, of those that matter."""
+    facts = {"system": platform.system(), "cpu": platform.processor() or platform.machine(), "cores": str(_cores())}
+    known: dict[str, str] = {}
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return facts
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        known.setdefault(name.strip(), value.strip())
+    flags = set(f"{known.get('flags', '')} {known.get('Features', '')}".split())
+    facts["cpu"] = known.get("model name") or facts["cpu"]
+    facts["features"] = " ".join(feature for feature in FEATURES if feature in flags)
+    return facts
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
