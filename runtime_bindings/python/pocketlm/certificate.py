@@ -66,15 +66,15 @@ class Level(Closed):
     name: str
     status: Status
     reason: str | None = None
-    checks: list[Check] = []
-    facts: dict[str, float | int | str | None] = {}
+    checks: list[Check] = Field(default_factory=list)
+    facts: dict[str, float | int | str | None] = Field(default_factory=dict)
 
 
 class TargetCertificate(Closed):
     """The five levels of one artifact. ``notes``: what a reader should know about how they were checked."""
 
     levels: list[Level]
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
     @property
     def failed(self) -> list[Level]:
@@ -120,7 +120,7 @@ class TextConformance(Closed):
     status: Literal["passed", "failed", "differs", "not run"]
     strings: Count
     differing: Count
-    examples: list[str] = []
+    examples: list[str] = Field(default_factory=list)
     reason: str | None = None
 
 
@@ -197,7 +197,7 @@ def read_certificate(folder: Path) -> Certificate | None:
         raise BundleError(f"{path}: not valid JSON: {str(error)[:100]}") from error
     if certificate.sha256 != certificate.digest():
         raise BundleError(
-            f"{path}: altered: its content is not what its sha256 says; delete it, then pocketlm verify issues a new one"
+            f"{path}: altered: its sha256 says something else; delete it, then pocketlm verify issues a new one"
         )
     manifest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     if certificate.manifest_sha256 != manifest:

@@ -97,7 +97,7 @@ class Provenance(Closed):
     """What the bundle was made from and with; ``accepted`` names what of the checkpoint was ignored on request."""
 
     checkpoint_sha256: Sha256
-    accepted: list[str] = []
+    accepted: list[str] = Field(default_factory=list)
     pocketlm: str
     libraries: dict[str, str]
 
@@ -110,7 +110,7 @@ class Place(Closed):
 
 
 class Weight(Closed):
-    """A weight by its Hugging Face name. ``sha256`` is of what it means, whatever an artifact's packing: see FORMAT.md."""
+    """A weight by its Hugging Face name. ``sha256``: of its content, whatever the packing: see FORMAT.md."""
 
     scheme: SchemeName
     sha256: Sha256

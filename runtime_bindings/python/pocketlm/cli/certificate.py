@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from pocketlm.certificate import Certificate, Check, Level, TextConformance
-from pocketlm.cli.console import printable
+from pocketlm.errors import printable
 
 __all__ = ["certificate_lines", "verdict"]
 
@@ -25,8 +25,8 @@ def certificate_lines(certificate: Certificate) -> Iterator[str]:
     evidence = certificate.evidence
     probes = f", caches of {', '.join(map(str, evidence.probes))} filled beforehand" if evidence.probes else ""
     yield (
-        f"{'on':<12}{evidence.texts} texts: {evidence.prefill_tokens} tokens of prefill, {evidence.decode_steps} decode "
-        f"steps, {evidence.judged_positions} positions judged{probes}"
+        f"{'on':<12}{evidence.texts} texts: {evidence.prefill_tokens} tokens of prefill, {evidence.decode_steps} steps "
+        f"of decode, {evidence.judged_positions} positions judged{probes}"
     )
     loss, oracle = certificate.loss, certificate.oracle
     if loss is None:

@@ -19,6 +19,10 @@ Runtime = Annotated[
     str | None,
     typer.Option("--runtime", metavar="R", help="executorch, onnx or coreml; default: the first that is installed."),
 ]
+Oracle = Annotated[
+    str | None,
+    typer.Option("--oracle", metavar="NAME", help="Compare with transformers on the original checkpoint."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads of the runtime.")]
 
 
