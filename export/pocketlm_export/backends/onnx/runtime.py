@@ -24,7 +24,7 @@ __all__ = ["decode", "meaning", "run_head", "start_session", "unmet_floor"]
 
 Array = npt.NDArray[Any]
 THREADS = 2
-ERRORS_ONLY = 3  # ONNX Runtime's log severity
+FATAL_ONLY = 4  # ONNX Runtime's log severity: its errors are raised
 RUNTIME_ERRORS = (
     ort_state.EPFail,
     ort_state.Fail,
@@ -77,7 +77,7 @@ def meaning(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model: Model
 def start_session(file: OnnxFile, model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     """A session of ``model``, whose constants lie in the data file beside ``file``."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = FATAL_ONLY
     options.intra_op_num_threads = min(THREADS, os.cpu_count() or 1)
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
