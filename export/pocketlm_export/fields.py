@@ -61,7 +61,7 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.refuse(key, f"must be an integer, not {json.dumps(value)[:40]}")
         if not least <= value <= most:
-            raise self.refuse(key, f"must be between {least} and {most}, not {value}")
+            raise self.refuse(key, f"must be between {least} and {most}, not {str(value)[:40]}")
         return value
 
     def number(
@@ -78,15 +78,16 @@ class Fields:
             if default is None:
                 raise self.refuse(key, "is missing")
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        number = _real(value)
+        if not math.isfinite(number):
             raise self.refuse(key, f"must be a finite number, not {json.dumps(value)[:40]}")
-        if value <= 0 and least is None:
-            raise self.refuse(key, f"must be greater than zero, not {value}")
-        if least is not None and value < least:
-            raise self.refuse(key, f"must be at least {least:g}, not {value}")
-        if value > most:
-            raise self.refuse(key, f"must be at most {most:g}, not {value}")
-        return float(value)
+        if number <= 0 and least is None:
+            raise self.refuse(key, f"must be greater than zero, not {number:g}")
+        if least is not None and number < least:
+            raise self.refuse(key, f"must be at least {least:g}, not {number:g}")
+        if number > most:
+            raise self.refuse(key, f"must be at most {most:g}, not {number:g}")
+        return number
 
     def flag(self, key: str, default: bool) -> bool:
         """A boolean; absent or null gives the default."""
@@ -130,3 +131,13 @@ class Fields:
     def unread(self) -> list[str]:
         """The keys that were never read and hold a value other than null, in order."""
         return [key for key, value in self._values.items() if key not in self._read and value is not None]
+
+
+def _real(value: object) -> float:
+    """NaN for what is no number; infinity for an integer that no float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -136,6 +136,7 @@ def open_checkpoint(folder: Path, accept: Collection[str] = ()) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder" if folder.exists() else f"{folder}: no such folder")
+    _refuse_adapter(folder)
     fields, config = read_configuration(folder, accept)
     generation_path = folder / "generation_config.json"
     generation = Fields(read_json(generation_path), str(generation_path)) if generation_path.exists() else None
@@ -170,6 +171,14 @@ def read_configuration(folder: Path, accept: Collection[str] = ()) -> tuple[Fiel
             f"If it doesn't: --accept {unknown[0]}"
         )
     return fields, config
+
+
+def _refuse_adapter(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    if path.exists():
+        raise CheckpointError(
+            f"{path}: a PEFT adapter, which changes the model: merge it into its base model first, or remove the file"
+        )
 
 
 def _read_config(folder: Path) -> Fields:
@@ -208,7 +217,7 @@ def _check_head(fields: Fields) -> None:
 
 def _tokenizer_files(folder: Path) -> dict[str, Path]:
     files = {name: folder / name for name in TEXT_LIKE_FILES if (folder / name).exists()}
-    for path in files.values():
+    for path in (*files.values(), *(folder / "additional_chat_templates").glob("*.jinja")):
         if not path.is_file():
             raise CheckpointError(f"{path}: not a regular file")
     if "tokenizer.json" not in files:

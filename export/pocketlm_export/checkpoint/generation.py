@@ -1,6 +1,5 @@
 """Stop ids and default sampling, from generation_config.json, config.json and the tokenizer's configuration."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from pocketlm_export.fields import Fields
 __all__ = ["Generation", "read_generation"]
 
 SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+LARGEST_FACTOR = 1e6  # of a temperature or penalty; what is larger is an error of whoever wrote the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ def _sampling_value(fields: Fields, key: str) -> bool | int | float | None:
     if key == "top_k":
         return fields.integer(key, 0, least=0)
     if key == "repetition_penalty":
-        return fields.number(key, 1.0)
-    return fields.number(key, 1.0, least=0, most=1 if key in ("top_p", "min_p") else math.inf)
+        return fields.number(key, 1.0, most=LARGEST_FACTOR)
+    return fields.number(key, 1.0, least=0, most=1 if key in ("top_p", "min_p") else LARGEST_FACTOR)
 
 
 def _ids(fields: Fields, key: str, vocabulary_size: int) -> list[int]:

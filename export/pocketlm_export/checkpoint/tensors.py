@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 LONGEST_HEADER = 100_000_000  # the limit of the reference implementation
+MOST_DIMENSIONS = 32
+LARGEST_EXTENT = 1 << 56
 ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
@@ -122,6 +124,9 @@ class TensorFile:
                 raise CheckpointError(f"{self.path}: {name}: malformed header entry")
         if dtype not in ITEM_SIZES:
             raise CheckpointError(f"{self.path}: {name}: unknown dtype {dtype!r}")
+        # An empty tensor takes no bytes whatever its other sizes; numpy has bounds for them.
+        if len(shape) > MOST_DIMENSIONS or math.prod(max(1, extent) for extent in shape) > LARGEST_EXTENT:
+            raise CheckpointError(f"{self.path}: {name}: no tensor of {len(shape)} dimensions is that large")
         size = math.prod(shape) * ITEM_SIZES[dtype]
         if not start <= stop <= data_size:
             raise CheckpointError(f"{self.path}: {name}: its bytes {start}..{stop} lie outside the file")
@@ -201,11 +206,10 @@ def open_shards(folder: Path) -> dict[str, TensorFile]:
 
 def foreign_format(folder: Path) -> str | None:
     """What ``folder`` holds in place of a checkpoint, and what to do; None if it is nothing that is known."""
-    names = [path.name for path in folder.iterdir()]
-    if "adapter_config.json" in names:
-        return f"{folder}: a PEFT adapter, not a model: merge it into its base model first"
-    if any(name.endswith(".gguf") for name in names):
-        return f"{folder}: holds GGUF, which is already quantized: take the original safetensors checkpoint"
+    names = sorted(path.name for path in folder.iterdir())
+    quantized = next((name for name in names if name.endswith(".gguf")), None)
+    if quantized is not None:
+        return f"{folder / quantized}: GGUF, which is already quantized: take the original safetensors checkpoint"
     return None
 
 
@@ -237,6 +241,7 @@ def _explain_missing(folder: Path) -> str:
         return (
             f"{folder}: holds Mistral's consolidated.safetensors only: take the Hugging Face files (model.safetensors)"
         )
-    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
-        return f"{folder}: holds pickle files only, which are never loaded: save it again with safe_serialization=True"
+    pickled = next((name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))), None)
+    if pickled is not None:
+        return f"{folder / pickled}: a pickle, which is never loaded: save it again with safe_serialization=True"
     return f"{folder}: no model.safetensors and no model.safetensors.index.json"

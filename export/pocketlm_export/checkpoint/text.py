@@ -28,8 +28,7 @@ def open_text(checkpoint: Checkpoint, accept: Collection[str] = ()) -> TextFiles
     """
     tokenizer = Tokenizer.open(checkpoint.folder)
     rows = checkpoint.config.vocabulary_size
-    beyond = [token for token in map(tokenizer.token, range(rows, tokenizer.vocabulary_size)) if token is not None]
-    refused = [token for token in beyond if token not in accept]
+    refused = [token for token in tokenizer.tokens_from(rows) if token not in accept]
     if refused:
         raise CheckpointError(
             f"{checkpoint.folder / 'tokenizer.json'}: the id of token {refused[0]!r} is beyond the {rows} rows of the "

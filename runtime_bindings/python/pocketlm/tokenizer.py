@@ -64,6 +64,11 @@ class Tokenizer:
         """The largest id plus one; the model may have more rows."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    def tokens_from(self, first_id: int) -> list[str]:
+        """The tokens whose ids are ``first_id`` or larger, in the order of their ids."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return sorted((token for token, at in vocabulary.items() if at >= first_id), key=vocabulary.__getitem__)
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The ids that ``skip_special_tokens`` leaves out."""
