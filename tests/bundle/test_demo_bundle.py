@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from pocketlm_export.backends.coreml.importing import coremltools
-from pocketlm_export.backends.executorch.read import PteFile
 from pocketlm_export.backends.reading import open_reader
 from tests.bundle.vendors import genai_greedy, greedy, text_runner_greedy
 
@@ -12,30 +11,19 @@ PROMPTS = ("def read_json(path):\n", "import os\n\nclass Stack:\n    def push(se
 STEPS = 40
 
 
-def written_onnx(bundle):
-    """Through onnx's own schema."""
-    reader = open_reader("onnx", bundle.folder / "onnx/model.onnx", bundle.manifest)
-    ends = {}
-    for weight in bundle.manifest.weights.values():
-        place = weight.places["onnx"]
-        ends[place.entry] = max(ends.get(place.entry, 0), place.first_row + weight.shape[0])
+def written(target):
+    """Through our reader of it, which knows the vendor's schema alone."""
 
-    def read(entry):
-        matrix = reader.rows(entry, 0, ends[entry])
-        return matrix.codes, matrix.scales
+    def open_artifact(bundle):
+        reader = open_reader(target, bundle.folder / bundle.manifest.targets[target].path, bundle.manifest)
 
-    return read
+        def read(entry, rows):
+            matrix = reader.rows(entry, rows.start, rows.stop)
+            return matrix.codes, matrix.scales
 
+        return read
 
-def written_executorch(bundle):
-    """Through the schemas of ExecuTorch's wheel."""
-    file = PteFile(bundle.folder / "executorch/model.pte")
-
-    def read(entry):
-        matrix = file.entry(entry)
-        return matrix.codes, matrix.scales
-
-    return read
+    return open_artifact
 
 
 def written_coreml(bundle):
@@ -50,10 +38,15 @@ def written_coreml(bundle):
         for operation in program.functions["decode"].operations
         if operation.op_type == "constexpr_blockwise_shift_scale"
     }
-    return lambda entry: (expressions[entry].data.val.astype(np.int8), expressions[entry].scale.val.astype(np.float32))
+
+    def read(entry, rows):
+        expression = expressions[entry]
+        return expression.data.val[rows].astype(np.int8), expression.scale.val[rows].astype(np.float32)
+
+    return read
 
 
-READERS = {"onnx": written_onnx, "executorch": written_executorch, "coreml": written_coreml}
+READERS = {"onnx": written("onnx"), "executorch": written("executorch"), "coreml": written_coreml}
 
 
 @pytest.mark.parametrize(("scheme", "head"), [("int4", "int8"), ("int4", "int4"), ("int8", "int8")])
@@ -66,9 +59,7 @@ def test_the_three_artifacts_hold_the_same_integers_and_scales(scheme, head, dem
         found = {}
         for target, read in readers.items():
             place = weight.places[target]
-            codes, scales = read(place.entry)
-            rows = slice(place.first_row, place.first_row + weight.shape[0])
-            found[target] = codes[rows], scales[rows]
+            found[target] = read(place.entry, slice(place.first_row, place.first_row + weight.shape[0]))
         codes, scales = found["onnx"]
         assert codes.any()
         for target in ("executorch", "coreml"):

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from pocketlm.errors import BundleError, PocketLMError, UnsupportedError
 from pocketlm_export.backends import executorch as backend
 from pocketlm_export.backends.executorch.memory import ALIGNMENT, Lifetime, plan_arena
+from pocketlm_export.backends.executorch.read import open_reader
+from pocketlm_export.backends.executorch.reading.pte import PteFile
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.graph.graph import Attention, Linear, RmsNorm
 from pocketlm_export.graph.rotary import rotary_tables
@@ -41,9 +43,7 @@ def pte(bundle) -> Path:
     return bundle.folder / bundle.manifest.targets["executorch"].path
 
 
-def read(bundle):
-    from pocketlm_export.backends.executorch.read import PteFile
-
+def read(bundle) -> PteFile:
     return PteFile(pte(bundle))
 
 
@@ -62,32 +62,30 @@ def test_every_weight_reads_back_as_the_store_holds_it(row, scheme, head, tiny_c
     folder, _ = tiny_checkpoint(row)
     graph, weights = graph_and_weights(folder, scheme, head, tmp_path)
     bundle = tiny_bundle(row, scheme, "executorch", head)
-    file = read(bundle)
+    reader = open_reader(pte(bundle), bundle.manifest)
     places = {name: weight.places["executorch"] for name, weight in bundle.manifest.weights.items()}
     assert places.keys() == graph.weights().keys()
     for name, weight in graph.weights().items():
-        entry, first = file.entry(places[name].entry), places[name].first_row
-        rows = slice(first, first + weight.shape[0])
+        first = places[name].first_row
+        rows = reader.rows(places[name].entry, first, first + weight.shape[0])
         if weights.row(name) is None:
             expected = weights.values(name) if len(weight.shape) == 1 else whole(weights, name)
-            np.testing.assert_array_equal(entry[rows], expected, err_msg=name)
+            np.testing.assert_array_equal(rows, expected, err_msg=name)
         else:
             tensor = weights.quantized(name)
-            np.testing.assert_array_equal(entry.codes[rows], tensor.codes(), err_msg=name)
-            np.testing.assert_array_equal(entry.scales[rows], tensor.scales(), err_msg=name)
+            np.testing.assert_array_equal(rows.codes, tensor.codes(), err_msg=name)
+            np.testing.assert_array_equal(rows.scales, tensor.scales(), err_msg=name)
 
 
 @pytest.mark.parametrize(("scheme", "head"), [("fp32", "int8"), ("int4", "int8"), ("int4", "int4")])
 def test_a_tied_head_reads_the_bytes_of_the_embedding(scheme, head, tiny_bundle):
-    file = read(tiny_bundle("llama", scheme, "executorch", head))
-    where = file.program.constant_segment
-    head_filter = file.delegates[-1].nodes[-1]["xnode_union"]["filter_id"]
-    tensor, _ = file.delegates[-1].values[head_filter]
-    segment = file.program.segments[file.named[file.delegates[-1].key(tensor["constant_buffer_idx"])]]
-    assert segment.offset == file.program.segments[where.segment_index].offset + where.offsets[1]
+    bundle = tiny_bundle("llama", scheme, "executorch", head)
+    reader = open_reader(pte(bundle), bundle.manifest)
+    payload = reader.file.delegates[-1]
+    key = payload.values[payload.nodes[-1].inputs[1]].constant.key
+    assert reader.file.position(reader.file.named[key]) == reader.file.constant_position(1)
     if (scheme, head) == ("int4", "int4"):  # the nibbles of each pair in the embedding's order
-        as_head = file.entry(file.delegates[-1].key(tensor["constant_buffer_idx"])).codes
-        as_embedding = file.entry("constant/1").codes
+        as_head, as_embedding = (reader.rows(entry, 0, 320).codes for entry in (key, "constant/1"))
         np.testing.assert_array_equal(as_head[:, 0::2], as_embedding[:, 1::2])
         np.testing.assert_array_equal(as_head[:, 1::2], as_embedding[:, 0::2])
 
@@ -112,12 +110,9 @@ def test_rotary_tables_and_masks_read_back(tiny_checkpoint, tiny_bundle):
 def test_delegates_hold_nothing_that_xnnpack_does_not_pack(row, scheme, head, tiny_bundle):
     """With a weight cache XNNPACK frees the named data once it is packed: only fully connected nodes pack."""
     for delegate in read(tiny_bundle(row, scheme, "executorch", head)).delegates:
-        constants = {id for id, (tensor, _) in delegate.values.items() if tensor["constant_buffer_idx"]}
+        constants = {value.id for value in delegate.values.values() if value.constant is not None}
         for node in delegate.nodes:
-            read_ids = {
-                value for key, value in node["xnode_union"].items() if key.endswith("_id") and key != "output_id"
-            }
-            assert node["xnode_union_type"] == "XNNFullyConnected" or not read_ids & constants
+            assert node.kind == "FullyConnected" or not constants & set(node.inputs)
 
 
 def test_one_delegate_a_layer(tiny_bundle):

@@ -19,7 +19,8 @@ __all__ = [
     "ScalarType",
     "XNNHeader",
     "flatbuffer_to_program",
-    "flatc_decompile",
+    "flatc_path",
+    "program_schema_sources",
     "program_to_flatbuffer",
     "schema",
     "serialize_xnnpack_binary",
@@ -60,8 +61,8 @@ with _without_the_exporter():
         _get_schema_bytes as xnnpack_schema_source,
     )
     from executorch.exir import schema
-    from executorch.exir._serialize._flatbuffer import _flatc_decompile as flatc_decompile
-    from executorch.exir._serialize._flatbuffer import _get_flatc_path
+    from executorch.exir._serialize._flatbuffer import _get_flatc_path as flatc_path
+    from executorch.exir._serialize._flatbuffer import _ResourceFiles
     from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program as flatbuffer_to_program
     from executorch.exir._serialize._flatbuffer_program import _get_schema_info
     from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer as program_to_flatbuffer
@@ -69,5 +70,11 @@ with _without_the_exporter():
 
     # What lies as files in the packages is looked up through them once, and kept.
     xnnpack_schema_source()
-    _get_flatc_path()
+    flatc_path()
     _get_schema_info(CONSTANT_ALIGNMENT, None)
+    _program_schemas = _ResourceFiles(["program.fbs", "scalar_type.fbs"])
+
+
+def program_schema_sources() -> dict[str, bytes]:
+    """The schema of a program, and what it includes: file name -> text."""
+    return {name: _program_schemas.get(name) for name in ("program.fbs", "scalar_type.fbs")}

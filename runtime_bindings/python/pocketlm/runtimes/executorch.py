@@ -19,7 +19,7 @@ from pocketlm.errors import BundleError, PocketLMError, UnavailableError
 from pocketlm.manifest import Manifest
 from pocketlm.session import Session
 
-__all__ = ["ExecuTorchSession", "open_session"]
+__all__ = ["ExecuTorchSession", "captured_log", "load_binding", "open_session"]
 
 SUPPORTED = "1.5"
 KERNELS = ("extension/llm/custom_ops/libcustom_ops_aot_lib", "kernels/quantized/libquantized_ops_aot_lib")
@@ -33,7 +33,7 @@ def open_session(path: Path, manifest: Manifest, threads: int | None) -> Session
     Raises :class:`UnavailableError` for another ExecuTorch than 1.5.x, :class:`BundleError` for a file that it refuses,
     :class:`PocketLMError` for a thread count other than that of the sessions still open.
     """
-    binding = _load_binding()
+    binding = load_binding()
     _set_threads(binding, threads)
     target = manifest.targets["executorch"]
     return ExecuTorchSession(
@@ -59,7 +59,7 @@ class ExecuTorchSession(Session):
             longest_call=longest_call,
             rows=rows,
         )
-        with _captured_log() as last_line:
+        with captured_log() as last_line:
             try:
                 # Minimal: the file was hashed, and the binding has no other verification compiled in.
                 self._program = binding._load_program(str(path), program_verification=binding.Verification.Minimal)
@@ -84,7 +84,7 @@ class ExecuTorchSession(Session):
         _sessions.discard(self)
 
 
-def _load_binding() -> Any:
+def load_binding() -> Any:
     """The binding's extension module, with the kernels of attention and quantized embeddings registered.
 
     Its documented wrapper imports ExecuTorch's exporter, which takes seconds.
@@ -99,7 +99,7 @@ def _load_binding() -> Any:
         import torch  # first: the binding is linked to its libraries
         from executorch.extension.pybindings import _C
 
-        with _captured_log():
+        with captured_log():
             for kernels in KERNELS:
                 (library,) = (file for root in executorch.__path__ for file in Path(root).glob(f"{kernels}.*"))
                 torch.ops.load_library(library)  # type: ignore[no-untyped-call]
@@ -109,7 +109,7 @@ def _load_binding() -> Any:
 
 
 def _set_threads(binding: Any, threads: int | None) -> None:
-    with _captured_log():
+    with captured_log():
         current = binding._threadpool_get_thread_count()
     if threads is None or threads == current:
         return
@@ -117,12 +117,12 @@ def _set_threads(binding: Any, threads: int | None) -> None:
         raise PocketLMError(
             f"ExecuTorch's thread count is process-wide now {current}: close the other sessions, then ask for {threads}"
         )
-    with _captured_log():
+    with captured_log():
         binding._unsafe_reset_threadpool(threads)
 
 
 @contextmanager
-def _captured_log() -> Iterator[Callable[[], str]]:
+def captured_log() -> Iterator[Callable[[], str]]:
     """Keep what ExecuTorch logs off the terminal; yields the last line: an error's reason is only there."""
     with tempfile.TemporaryFile() as log:
         terminal = os.dup(2)

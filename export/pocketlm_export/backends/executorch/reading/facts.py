@@ -1,0 +1,152 @@
+"""What a program states in one place: attention, whole rotary tables, windows, epsilons and its own limits.
+
+A place that states something else than what a decoder means by it becomes a fact that says so, in words: it can equal
+nothing that a graph expects.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketlm_export.backends.executorch.importing import schema
+from pocketlm_export.backends.executorch.reading.execution import attention_steps
+from pocketlm_export.backends.executorch.reading.matrices import filter_matrix
+from pocketlm_export.backends.executorch.reading.payload import Payload, PayloadNode
+from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
+from pocketlm_export.backends.reading import Fact
+
+__all__ = ["rotary_constants", "stated_facts"]
+
+Table = npt.NDArray[np.float32]
+SLICE = "aten::slice_copy.Tensor_out"
+
+
+def stated_facts(file: PteFile) -> Iterator[Fact]:
+    """Every fact of ``attention L``, ``norm I`` and ``program``."""
+    steps = attention_steps(file)
+    for layer, step in enumerate(steps):
+        yield from _attention_facts(file, layer, step)
+    for number, epsilon in enumerate(_epsilons(file)):
+        yield Fact(f"norm {number}", "epsilon", epsilon)
+    contexts = {file.shape(step.arguments[1])[1] for step in steps} | {*file.fact("get_max_context_len")}
+    yield Fact("program", "context_length", _agreed(contexts))
+    sizes = {file.shape(file.forward.outputs[0])[-1], *file.fact("get_vocab_size")}
+    yield Fact("program", "vocabulary_size", _agreed(sizes))
+
+
+def rotary_constants(file: PteFile, value: int) -> tuple[int, int, int] | None:
+    """How the delegate that makes ``value`` (queries or keys in heads) rotates it: the constants of the program that
+    hold cosines and sines, and the number of pairs; None if it doesn't.
+
+    A rotation is ``x * cosine + turned(x) * sine``, where ``turned`` puts the second half of the pairs first.
+    """
+    step = next(s for s in file.steps if isinstance(s, DelegateStep) and value in s.outputs)
+    payload = file.delegates[step.index]
+    total = payload.producers.get(payload.outputs[step.outputs.index(value)])
+    if total is None or total.kind != "Add":
+        return None
+    products = [payload.producers.get(number) for number in total.inputs]
+    factors: dict[bool, int] = {}
+    pairs = 0
+    for product in products:
+        if product is None or product.kind != "Multiply":
+            return None
+        sources = [payload.producers[number] for number in product.inputs if number in payload.producers]
+        turned = [node for node in sources if node.kind.startswith("Concatenate")]
+        if turned:
+            pairs = payload.values[turned[0].inputs[0]].shape[-1]
+        tables = [number for number in product.inputs if number in payload.inputs]
+        if len(tables) != 1:
+            return None
+        factors[bool(turned)] = _sliced_constant(file, step.inputs[payload.inputs.index(tables[0])])
+    return (factors[False], factors[True], pairs) if len(factors) == 2 else None
+
+
+def _attention_facts(file: PteFile, layer: int, step: KernelStep) -> Iterator[Fact]:
+    query, keys, _, _, mask, _, _, scale = step.arguments
+    _, _, heads, head_dim = file.shape(query)
+    stated = file.scalar(scale)
+    cosine, sine = _rotation(file, query, keys)
+    values = {
+        "heads": heads,
+        "kv_heads": file.shape(keys)[2],
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5 if stated is None else stated,
+        "window": _window(file, mask, file.shape(keys)[1]),
+        "softcap": None,  # the kernel has none
+        "cosine": cosine,
+        "sine": sine,
+    }
+    for name, value in values.items():
+        yield Fact(f"attention {layer}", name, value)
+
+
+def _rotation(file: PteFile, query: int, keys: int) -> tuple[Table | str | None, Table | str | None]:
+    """Cosines and sines ``[context, pairs]`` that turn the queries; the keys must be turned by the very same."""
+    rows = next(s.arguments[0] for s in file.steps if isinstance(s, KernelStep) and s.arguments[1:2] == (keys,))
+    found = rotary_constants(file, query)
+    if found != rotary_constants(file, rows):
+        return ("queries and keys are rotated by different tables",) * 2
+    if found is None:
+        return None, None
+    *indices, pairs = found
+    (first, second, ones), (low, high, zeros) = (
+        np.split(file.constant(index)[..., 0, :], [pairs, 2 * pairs], axis=-1) for index in indices
+    )
+    cosines = first if np.array_equal(first, second) and (ones == 1).all() else "a table whose halves differ"
+    sines = high if np.array_equal(-low, high) and (zeros == 0).all() else "a table whose halves are not opposite"
+    return cosines, sines
+
+
+def _window(file: PteFile, mask: int, context: int) -> int | str | None:
+    """The window of a table ``[longest call, 2 * context]`` whose entry depends on ``row - column + context`` alone:
+    0 for distances below the window, minus infinity elsewhere."""
+    if isinstance(file.forward.values[mask].val, schema.Null):
+        return None
+    table = file.constant(_sliced_constant(file, mask))
+    if table.ndim != 2 or table.shape[1] != 2 * context:
+        return f"a mask table {list(table.shape)}"
+    window = int((table[0] == 0).sum())
+    for row, line in enumerate(table):
+        distance = row - (np.arange(2 * context) - context)
+        if not np.array_equal(line, np.where((distance >= 0) & (distance < window), np.float32(0), -np.inf)):
+            return f"a mask table whose row {row} is no window"
+    return window
+
+
+def _sliced_constant(file: PteFile, value: int) -> int:
+    """The constant of the program of which ``value`` is a part; 0 if it is none."""
+    while not (index := file.tensor(value).data_buffer_idx):
+        step = file.producers.get(value)
+        if step is None or step.operator != SLICE:
+            return 0
+        value = step.arguments[0]
+    return int(index)
+
+
+def _epsilons(file: PteFile) -> Iterator[float | str]:
+    """Of every normalization, in order of execution: the bias of the mean that goes into a reciprocal square root."""
+    for step in file.steps:
+        if not isinstance(step, DelegateStep):
+            continue
+        payload = file.delegates[step.index]
+        for node in payload.nodes:
+            if node.kind == "ReciprocalSquareRoot":
+                yield _epsilon(file, payload, payload.producers.get(node.inputs[0]))
+
+
+def _epsilon(file: PteFile, payload: Payload, mean: PayloadNode | None) -> float | str:
+    if mean is None or mean.kind != "FullyConnected" or len(mean.inputs) != 3 or payload.is_quantized(mean):
+        return "no mean with a bias before the reciprocal square root"
+    factors, bias = (filter_matrix(file, payload, number) for number in mean.inputs[1:])
+    if bias.shape != (1,) or len(factors.shape) != 2 or factors.shape[0] != 1:
+        return f"a mean of shape {list(factors.shape)}"
+    width = factors.shape[1]
+    if not (factors.values(slice(None)) == np.float32(1 / width)).all():
+        return f"a mean whose factors are not all 1/{width}"
+    return float(np.ravel(bias.values(slice(None)))[0])
+
+
+def _agreed(values: set[int]) -> int | str:
+    return values.pop() if len(values) == 1 else f"places that differ: {sorted(values)}"
