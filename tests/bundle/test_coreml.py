@@ -16,7 +16,7 @@ from pocketlm.runtimes.coreml import CoreMLSession
 from pocketlm_export.backends import coreml
 from pocketlm_export.backends.base import Lowering
 from pocketlm_export.backends.coreml.importing import coremltools
-from pocketlm_export.backends.coreml.read import WrittenPackage
+from pocketlm_export.backends.coreml.reading.written import WrittenPackage
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.graph.rotary import rotary_tables
 from pocketlm_export.graph.trace import trace

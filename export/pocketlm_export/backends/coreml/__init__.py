@@ -1,7 +1,7 @@
 """Core ML: an ML Program package for iOS 18 and macOS 15, for the GPU: stateful cache, per-block int4 constants.
 
 ``emit`` builds the program, ``layout`` says what its constants hold, ``writer`` streams them into the package, ``read``
-reads a written package back without either.
+reads and executes a written package without either.
 """
 
 import importlib.metadata

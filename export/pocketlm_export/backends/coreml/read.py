@@ -1,134 +1,180 @@
-"""Reads a written package back, by the message and blob formats alone; shares nothing with the writer.
+"""A written package opened for verification: what it holds, what it states, and what it computes.
 
-Integers and scales come in the weight store's convention, so that they can be compared with it.
+The reading is in :mod:`pocketlm_export.backends.coreml.reading`, the executing in the reference interpreter; neither
+knows the writer.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import BundleError
-from pocketlm.runtimes.coreml_interpreter.package import ELEMENT_TYPES, Package, element_type_name, unpack_bits
-from pocketlm_export.backends.reading import WrittenMatrix
+from pocketlm.manifest import Manifest
+from pocketlm.runtimes.coreml_interpreter import Interpreter
+from pocketlm_export.backends.coreml.reading.running import Runner
+from pocketlm_export.backends.coreml.reading.structure import Structure, read_structure
+from pocketlm_export.backends.coreml.reading.written import WrittenPackage
+from pocketlm_export.backends.reading import Fact, Floats, NotRun, Run, StoredConstants, Trace, WrittenMatrix
 
-__all__ = ["WrittenOperator", "WrittenPackage"]
+__all__ = ["CoreMLReader", "open_reader"]
 
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenOperator:
-    """An operator of a function. ``inputs`` holds names; ``attributes`` the values of those that the message states
-    itself, numbers and words."""
-
-    kind: str
-    inputs: Mapping[str, tuple[str, ...]]
-    attributes: Mapping[str, Array | str]
-    outputs: tuple[str, ...]
+FUNCTIONS = {"prefill", "decode", "score"}
+TARGET = "coreml"
 
 
-class WrittenPackage:
-    """One ``.mlpackage``; what is large is mapped and decoded when it is asked for.
+def open_reader(path: Path, manifest: Manifest) -> "CoreMLReader":
+    """The reader of the package at ``path``. Raises :class:`BundleError` for a malformed one or one that has other
+    functions, inputs or states, :class:`UnsupportedError` for an operator that the interpreter doesn't know."""
+    return CoreMLReader(path, manifest)
 
-    Raises :class:`BundleError` naming file, function and constant for what is malformed or differs between functions.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self._package = Package(path)
-        self._functions: Mapping[str, Any] = {
-            name: function.block_specializations[function.opset]
-            for name, function in sorted(self._package.model.mlProgram.functions.items())
-        }
-        self._values: dict[str, Any] = {}
-        self._quantized: dict[str, tuple[Any, Any]] = {}
-        for function, block in self._functions.items():
-            for operation in block.operations:
-                self._index(function, operation)
+class CoreMLReader:
+    """See :class:`pocketlm_export.backends.reading.Reader`."""
 
-    @property
-    def functions(self) -> tuple[str, ...]:
-        """The names of the functions, sorted."""
-        return tuple(self._functions)
+    unstated: frozenset[str] = frozenset()
+    round_activations: Callable[[Floats], Floats] | None = None
+    notes: tuple[str, ...] = (
+        "executed by PocketLM's reference interpreter; no Core ML runtime has run this package",
+        "the mask's -30000 and the norms' smallest divisor 2^-10 are checked as stated values",
+    )
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._path, self._manifest = path, manifest
+        self._exact = Interpreter(path, "float64", cache_bytes=0)
+        self._package = WrittenPackage(path)
+        self._check_interface()
+        self._runner = Runner(self._exact)
+        self._structures: dict[str, Structure] = {}
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The unquantized constants that lie in weight.bin: matrices, vectors and tables."""
-        return tuple(self._values)
+    def stored(self) -> StoredConstants:
+        """fp16 tables, vectors and scales, and fp16 roots of epsilons.
 
-    @property
-    def quantized(self) -> tuple[str, ...]:
-        """The quantized matrices."""
-        return tuple(self._quantized)
+        Raises :class:`BundleError` where the functions' structure can't be read or its attentions have several forms.
+        """
+        attentions = [a for structure in self._read_structures().values() for a in structure.attentions]
+        forms = {(attention.fused, attention.head_dim) for attention in attentions}
+        if len(forms) != 1:
+            raise BundleError(f"{self._package.file}: attentions of several forms: {sorted(forms)}")
+        ((fused, head_dim),) = forms
+        own = head_dim**0.5 if fused else 1.0  # the fused operator's own factor lies outside the stored scale
+        return StoredConstants(
+            table=np.float16,
+            value=np.float16,
+            epsilon=lambda epsilon: float(np.float16(np.sqrt(epsilon))) ** 2,
+            scale=lambda scale: float(np.float16(scale * own)) / own,
+        )
 
-    def constant(self, name: str) -> Array:
-        """The stored values, in their own type."""
-        return self._decode(self._values[name], name)
+    def rows(self, entry: str, start: int, stop: int) -> WrittenMatrix | Floats:
+        """Rows ``start..stop``. Raises :class:`BundleError` for an entry that isn't there or is shorter."""
+        quantized = entry in self._package.quantized
+        if not quantized and entry not in self._package.names:
+            raise BundleError(f"{self._package.file}: {entry}: no such constant")
+        if not 0 <= start <= stop <= self._package.row_count(entry):
+            count = self._package.row_count(entry)
+            raise BundleError(f"{self._package.file}: {entry}: rows {start} to {stop} of {count}")
+        if quantized:
+            return self._package.matrix(entry, start, stop)
+        return self._package.constant(entry, start, stop).astype(np.float32)
 
-    def matrix(self, name: str) -> WrittenMatrix:
-        """A quantized matrix."""
-        data, scales = self._quantized[name]
-        bits = ELEMENT_TYPES[self._element(data, name)].bits
-        return WrittenMatrix(name, bits, self._decode(data, name), self._decode(scales, name).astype(np.float32))
+    def facts(self) -> Iterator[Fact]:
+        """What all functions state. Raises :class:`BundleError` naming the function that states something else, has
+        another form, or holds a constant that no weight and no statement accounts for."""
+        structures = self._read_structures()
+        first, *others = structures
+        facts = list(_facts(structures[first]))
+        for function in others:
+            self._compare(function, list(_facts(structures[function])), first, facts)
+        self._check_constants(structures)
+        yield from facts
 
-    def operators(self, function: str) -> Iterator[WrittenOperator]:
-        """The operators of ``function`` in the order of the file, constants left out."""
-        small: dict[str, Array | str] = {}
-        for operation in self._functions[function].operations:
-            outputs = tuple(output.name for output in operation.outputs)
-            if operation.type == "const":
-                value = operation.attributes["val"]
-                if value.WhichOneof("value") == "immediateValue":
-                    small[outputs[0]] = self._immediate(value, outputs[0])
-            elif not operation.type.startswith("constexpr_"):
-                inputs = {key: tuple(binding.name for binding in a.arguments) for key, a in operation.inputs.items()}
-                attributes = {key: small[names[0]] for key, names in inputs.items() if names[0] in small}
-                yield WrittenOperator(operation.type, inputs, attributes, outputs)
+    def execute(self, runs: Sequence[Run]) -> list[Trace]:
+        """In float64. Raises :class:`UnsupportedError` for a run whose state is too large (:meth:`state_bytes`)."""
+        return self._runner.run(runs)
 
-    def _index(self, function: str, operation: Any) -> None:
-        """Note where the constant of ``operation`` lies, and that no other function says otherwise."""
-        where = f"{self._package.model_file}: {function}"
-        if operation.type == "const" and operation.attributes["val"].WhichOneof("value") == "blobFileValue":
-            name, value = operation.outputs[0].name, operation.attributes["val"]
-            known, found = self._values.setdefault(name, value), value
-        elif operation.type == "constexpr_blockwise_shift_scale":
-            name, parameters = operation.outputs[0].name, {k: v.arguments[0].value for k, v in operation.inputs.items()}
-            if set(parameters) != {"data", "scale"}:
-                raise BundleError(f"{where}: {name}: has {sorted(parameters)}, but all schemes are symmetric")
-            found = parameters["data"], parameters["scale"]
-            known = self._quantized.setdefault(name, found)
-        elif operation.type.startswith("constexpr_"):
-            raise BundleError(f"{where}: {operation.outputs[0].name}: {operation.type}, which no scheme is stored as")
-        else:
-            return
-        if known != found:
-            raise BundleError(f"{where}: {name}: not what another function holds under this name")
+    def emulate(self, runs: Sequence[Run]) -> list[Trace]:
+        """As shipped, in fp16. Raises :class:`pocketlm.CheckError` naming the operator that made infinity or NaN."""
+        return Runner(Interpreter(self._path, "float16", cache_bytes=0)).run(runs)
 
-    def _element(self, value: Any, name: str) -> str:
-        return element_type_name(value.type.tensorType.dataType, f"{self._package.model_file}: {name}")
+    def meaning(self, runs: Sequence[Run]) -> NotRun:  # noqa: ARG002
+        """Only Core ML could tell."""
+        return _not_run()
 
-    def _decode(self, value: Any, name: str) -> Array:
-        element = self._element(value, name)
-        shape = _shape(value)
-        where = f"{self._package.model_file}: {name}"
-        if value.WhichOneof("value") != "blobFileValue":
-            raise BundleError(f"{where}: does not lie in a weight file")
-        data = self._package.blob(value.blobFileValue.fileName, value.blobFileValue.offset, element, shape, where)
-        return unpack_bits(data, int(np.prod(shape)), ELEMENT_TYPES[element]).reshape(shape)
+    def kernels(self, runs: Sequence[Run]) -> NotRun:  # noqa: ARG002
+        """Only Core ML could tell."""
+        return _not_run()
 
-    def _immediate(self, value: Any, name: str) -> Array | str:
-        tensor = value.immediateValue.tensor
-        kind = tensor.WhichOneof("value")
-        if kind == "strings":
-            return str(tensor.strings.values[0])
-        dtype, shape = ELEMENT_TYPES[self._element(value, name)].storage, _shape(value)
-        if kind == "bytes":
-            return np.frombuffer(tensor.bytes.values, dtype).reshape(shape)
-        return np.array(getattr(tensor, kind).values, dtype).reshape(shape)
+    def state_bytes(self, run: Run) -> int:
+        """What the state of ``run`` takes in :meth:`execute`; :meth:`emulate` takes half."""
+        return self._runner.state_bytes(run)
+
+    def _read_structures(self) -> dict[str, Structure]:
+        if not self._structures:
+            found = {name: read_structure(self._package, name) for name in self._package.functions}
+            for name, structure in found.items():
+                shape = self._exact.inputs(name)["input_ids"].type.shape
+                if structure.positions.steps != (shape == (1, 1)):
+                    raise BundleError(f"{self._package.file}: {name}: takes {list(shape)} tokens, but counts otherwise")
+            self._structures = found
+        return self._structures
+
+    def _check_interface(self) -> None:
+        file = self._package.file
+        if set(self._exact.functions) != FUNCTIONS:
+            raise BundleError(f"{file}: functions {list(self._exact.functions)}; expected: {sorted(FUNCTIONS)}")
+        states = self._exact.states
+        shapes = {state.shape for state in states.values()}
+        if set(states) != {"k_cache", "v_cache"} or len(shapes) != 1 or any(len(shape) != 4 for shape in shapes):
+            raise BundleError(f"{file}: states {sorted(states)}; expected: k_cache and v_cache of one shape")
+        for function in self._exact.functions:
+            inputs, outputs = self._exact.inputs(function), self._exact.outputs(function)
+            if set(inputs) != {"input_ids", "position"} or outputs != ("logits",):
+                raise BundleError(f"{file}: {function}: takes {sorted(inputs)} and gives {list(outputs)}")
+
+    def _compare(self, function: str, found: list[Fact], first: str, expected: list[Fact]) -> None:
+        names = [(fact.node, fact.name) for fact in found]
+        if names != [(fact.node, fact.name) for fact in expected]:
+            raise BundleError(f"{self._package.file}: {function}: other norms or attentions than {first}")
+        for one, other in zip(found, expected, strict=True):
+            if not np.array_equal(np.asarray(one.value), np.asarray(other.value)):
+                raise BundleError(f"{self._package.file}: {function}: {one.node}: {one.name} is not that of {first}")
+
+    def _check_constants(self, structures: dict[str, Structure]) -> None:
+        """Whatever no weight and no table accounts for is a bias of zeros."""
+        covered: dict[str, npt.NDArray[np.bool_]] = {}
+        for weight in self._manifest.weights.values():
+            place = weight.places[TARGET]
+            rows = covered.setdefault(place.entry, np.zeros(self._package.row_count(place.entry), np.bool_))
+            rows[place.first_row : place.first_row + weight.shape[0]] = True
+        tables = {name for s in structures.values() for a in s.attentions for name in a.tables}
+        tables |= {structure.positions.every for structure in structures.values()}
+        for name in (*self._package.names, *self._package.quantized):
+            if name in tables:
+                continue
+            rows = covered.get(name, np.zeros(self._package.row_count(name), np.bool_))
+            if name in self._package.quantized:
+                surplus = not rows.all()
+            else:
+                surplus = bool(np.any(self._package.constant(name)[~rows])) if not rows.all() else False
+            if surplus:
+                raise BundleError(f"{self._package.file}: {name}: holds values of no weight")
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(int(dimension.constant.size) for dimension in value.type.tensorType.dimensions)
+def _facts(structure: Structure) -> Iterator[Fact]:
+    """In an order of their own, the same for every function."""
+    yield Fact("program", "context_length", structure.positions.context_length)
+    yield Fact("program", "vocabulary_size", structure.vocabulary_size)
+    for index, epsilon in enumerate(structure.epsilons):
+        yield Fact(f"norm {index}", "epsilon", epsilon)
+    for layer, attention in enumerate(structure.attentions):
+        for name in ("heads", "kv_heads", "head_dim", "scale", "window", "softcap", "cosine", "sine"):
+            yield Fact(f"attention {layer}", name, getattr(attention, name))
+
+
+def _not_run() -> NotRun:
+    if sys.platform == "darwin":
+        return NotRun("not built yet: Core ML itself is not asked")
+    return NotRun("needs Core ML, which exists on Apple's systems only")

@@ -13,7 +13,12 @@ from pocketlm.manifest import Manifest
 from pocketlm.runtimes.coreml_interpreter import Interpreter, PrecisionName
 from pocketlm.session import Session
 
-__all__ = ["CoreMLSession", "open_session"]
+__all__ = ["CoreMLSession", "function_of", "open_session"]
+
+
+def function_of(tokens: int, rows: int) -> str:
+    """The function of the package for a call of so many tokens, of whose last ``rows`` the logits are wanted."""
+    return "score" if rows > 1 else "decode" if tokens == 1 else "prefill"
 
 
 class CoreMLSession(Session):
@@ -37,9 +42,8 @@ class CoreMLSession(Session):
         self._state = self._interpreter.make_state()
 
     def _run(self, tokens: npt.NDArray[np.int64], position: int, rows: int) -> npt.NDArray[np.float32]:
-        function = "score" if rows > 1 else "decode" if tokens.size == 1 else "prefill"
         inputs = {"input_ids": tokens[None].astype(np.int32), "position": np.array([position], np.int32)}
-        logits = self._interpreter.predict(inputs, self._state, function)["logits"][0]
+        logits = self._interpreter.predict(inputs, self._state, function_of(tokens.size, rows))["logits"][0]
         return logits[len(logits) - rows :].astype(np.float32)
 
     def _close(self) -> None:

@@ -5,6 +5,7 @@ the declared types.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -128,15 +129,31 @@ def matmul(x: Array, y: Array, transpose_x: Array | bool = False, transpose_y: A
     return np.asarray(left @ right)
 
 
-def linear(x: Array, weight: Array | WeightReader, bias: Array | None = None) -> Array:
-    """``x @ weight.T + bias``: x [..., K], weight [N, K], bias [N]; a stored weight is decoded in blocks of rows."""
-    if isinstance(weight, WeightReader):
-        y = np.empty((*x.shape[:-1], weight.shape[0]), x.dtype)
-        for start, stop, rows in weight.blocks():
-            y[..., start:stop] = x @ rows.T
-    else:
-        y = x @ weight.T
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """``x @ weight.T + bias``: x [..., K], weight [N, K], bias [N]."""
+    return add_bias(x @ weight.T, bias)
+
+
+def add_bias(y: Array, bias: Array | None = None) -> Array:
     return y if bias is None else np.asarray(y + bias)
+
+
+def multiply(inputs: Sequence[Array], weight: WeightReader, *, stacked: bool = False) -> list[Array]:
+    """``x @ weight.T`` for each x ``[..., K]``, as new arrays; each block of rows is decoded once for all.
+
+    ``stacked``: the rows of all inputs in one product, which is faster and sums in another order than each alone.
+    """
+    results = [np.empty((*x.shape[:-1], weight.shape[0]), x.dtype) for x in inputs]
+    ends = np.cumsum([math.prod(x.shape[:-1]) for x in inputs])[:-1]
+    rows = np.concatenate([x.reshape(-1, x.shape[-1]) for x in inputs]) if stacked else None
+    for start, stop, block in weight.blocks():
+        if rows is None:
+            products = [x @ block.T for x in inputs]
+        else:
+            products = np.split(rows @ block.T, ends)
+        for result, product in zip(results, products, strict=True):
+            result[..., start:stop] = product.reshape(*result.shape[:-1], stop - start)
+    return results
 
 
 def einsum(values: tuple[Array, ...], equation: str) -> Array:

@@ -1,5 +1,6 @@
 """Executes the functions of a Core ML package on numpy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -10,11 +11,13 @@ from numpy.typing import NDArray
 from pocketlm.errors import BundleError, InputError
 
 from .execution import Call, Settings
+from .lockstep import run_together
 from .package import ELEMENT_TYPES, Package
 from .program import Function, TensorType, read_function
 from .tensors import Precision, PrecisionName, WeightCache
+from .turns import Turn, Turns
 
-__all__ = ["InputDescription", "Interpreter"]
+__all__ = ["InputDescription", "Interpreter", "Request"]
 
 Array = NDArray[Any]
 _DEFAULT_CACHE_BYTES = 1 << 30
@@ -36,6 +39,15 @@ class InputDescription:
             return False
         pairs = zip(shape, self.bounds, strict=True)
         return all(low <= size and (high is None or size <= high) for size, (low, high) in pairs)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call to make, as :meth:`Interpreter.predict` takes it."""
+
+    inputs: dict[str, Array]
+    state: dict[str, Array]
+    function: str | None = None
 
 
 class Interpreter:
@@ -108,12 +120,14 @@ class Interpreter:
     def outputs(self, function: str | None = None) -> tuple[str, ...]:
         return self._functions[self._function_name(function)].outputs
 
+    def held_dtype(self, state: str) -> np.dtype[Any]:
+        """Of the arrays that hold ``state``: float32, or float64 in that precision, where it is floating-point."""
+        return self._precision.held_dtype(self._states[state].element)
+
     def make_state(self) -> dict[str, Array]:
-        """Zeros for every state; floating-point ones are float32, or float64 in that precision."""
-        return {
-            name: np.zeros([size or 0 for size in kind.shape], self._precision.held_dtype(kind.element))
-            for name, kind in self._states.items()
-        }
+        """Zeros for every state, in its :meth:`held_dtype`."""
+        shapes = {name: [size or 0 for size in kind.shape] for name, kind in self._states.items()}
+        return {name: np.zeros(shape, self.held_dtype(name)) for name, shape in shapes.items()}
 
     def predict(
         self, inputs: dict[str, Array], state: dict[str, Array] | None = None, function: str | None = None
@@ -124,11 +138,31 @@ class Interpreter:
         is undefined. InputError for inputs or states that don't fit; CheckError for infinity or NaN; BundleError where
         the program can't be executed on these inputs.
         """
-        name = self._function_name(function)
+        return self._call(Request(inputs, state if state is not None else {}, function)).run()
+
+    def predict_together(self, requests: Sequence[Request]) -> list[dict[str, Array]]:
+        """The results of ``requests`` as :meth:`predict` gives them one after another, each weight decoded once.
+
+        Requests with the very same ``state`` dict follow one another on it. Raises :class:`UnsupportedError` naming the
+        operator where a program handles its state so that this order can't be kept; errors as :meth:`predict` besides.
+        """
+        turns: dict[int, Turns] = {}
+        calls = []
+        for number, request in enumerate(requests):
+            for name, array in request.state.items():
+                if not array.flags.c_contiguous:
+                    raise InputError(f"state {name!r} is not C-contiguous")
+            if id(request.state) not in turns:
+                turns[id(request.state)] = Turns(request.state)
+            calls.append(self._call(request, Turn(turns[id(request.state)], number)))
+        return run_together(calls)
+
+    def _call(self, request: Request, turn: Turn | None = None) -> Call:
+        name = self._function_name(request.function)
         program = self._functions[name]
-        held_state = state if state is not None else {}
-        self._check_state(program, held_state)
-        return Call(program, self._held_inputs(name, inputs), held_state, self._settings, self.magnitudes).run()
+        self._check_state(program, request.state)
+        inputs = self._held_inputs(name, request.inputs)
+        return Call(program, inputs, request.state, self._settings, self.magnitudes, turn)
 
     def _held_inputs(self, function: str, inputs: dict[str, Array]) -> dict[str, Array]:
         expected = self._descriptions[function]

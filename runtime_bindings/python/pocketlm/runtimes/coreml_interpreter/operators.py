@@ -90,7 +90,7 @@ OPERATORS: dict[str, Operator] = {
     "floor_div": Operator(elementwise.floor_div),
     "gather": _moving(movement.gather, takes_stored=("x",)),
     "gather_along_axis": _moving(movement.gather_along_axis),
-    "gather_nd": _moving(movement.gather_nd),
+    "gather_nd": _viewing(movement.gather_nd),  # of indices of depth 0
     "gelu": Operator(elementwise.gelu),
     "greater": _binary(np.greater),
     "greater_equal": _binary(np.greater_equal),
@@ -100,7 +100,7 @@ OPERATORS: dict[str, Operator] = {
     "leaky_relu": Operator(elementwise.leaky_relu),
     "less": _binary(np.less),
     "less_equal": _binary(np.less_equal),
-    "linear": Operator(contractions.linear, takes_stored=frozenset({"weight"})),
+    "linear": Operator(contractions.linear),
     "log": Operator(elementwise.log),
     "logical_and": _binary(np.logical_and),
     "logical_not": _unary(np.logical_not),

@@ -67,11 +67,16 @@ class Operation:
 
 @dataclass(frozen=True)
 class Function:
+    """``state_views``: the names whose array may be a state's or a part of it, and of which; ``computed``: those whose
+    array is always a new one."""
+
     inputs: dict[str, TensorType]
     states: dict[str, TensorType]
     outputs: tuple[str, ...]
     constants: dict[str, Constant]
     operations: tuple[Operation, ...]
+    state_views: dict[str, tuple[str, ...]]
+    computed: frozenset[str]
 
 
 def read_function(package: Package, name: str) -> Function:
@@ -113,8 +118,9 @@ class _Reader:
         for output in outputs:
             if output not in self.defined or output in self.states or isinstance(self.constants.get(output), str):
                 raise BundleError(f"{where}: output {output!r} is not a tensor of the program")
-        planned = _plan_state_updates(tuple(operations), outputs)
-        return Function(self.inputs, self.states, outputs, self.constants, _with_last_uses(planned, outputs))
+        planned, views = _plan_state_updates(tuple(operations), outputs)
+        planned = _with_last_uses(planned, outputs)
+        return Function(self.inputs, self.states, outputs, self.constants, planned, views, _computed(planned))
 
     def _operation(self, message: Any, position: int) -> Operation | None:
         """None for what is a constant, which becomes an entry of ``constants``."""
@@ -312,11 +318,13 @@ def _immediate_bytes(message: Any, element: str, count: int, where: str) -> NDAr
     return data
 
 
-def _plan_state_updates(operations: tuple[Operation, ...], outputs: Iterable[str]) -> tuple[Operation, ...]:
+def _plan_state_updates(
+    operations: tuple[Operation, ...], outputs: Iterable[str]
+) -> tuple[tuple[Operation, ...], dict[str, tuple[str, ...]]]:
     """Marks each slice_update whose result goes back into the state that it was read from, and nowhere else.
 
     Such an update may be written into the state's buffer, unless some later step still reads the old content: the
-    value of a read_state or a view of one.
+    value of a read_state or a view of one. Beside the operations: each such name, and the states that it may show.
     """
     uses = _use_positions(operations, outputs)
     shares: defaultdict[str, set[str]] = defaultdict(set)  # state -> names that may share its buffer
@@ -336,7 +344,21 @@ def _plan_state_updates(operations: tuple[Operation, ...], outputs: Iterable[str
             for names in shares.values():
                 if names & read:
                     names.update(name for name, _ in operation.outputs)
-    return tuple(planned)
+    views: dict[str, tuple[str, ...]] = {}
+    for state, names in shares.items():
+        for name in names:
+            views[name] = (*views.get(name, ()), state)
+    return tuple(planned), views
+
+
+def _computed(operations: tuple[Operation, ...]) -> frozenset[str]:
+    rows = ((OPERATORS.get(operation.type), operation) for operation in operations)
+    return frozenset(
+        name
+        for row, operation in rows
+        if row is not None and row.computes and not row.may_view
+        for name, _ in operation.outputs
+    )
 
 
 def _updated_state(

@@ -131,11 +131,11 @@ class BlockwiseShiftScale(StoredTensor):
             pairs = zip(groups[1:], sizes[1:], strict=True)
             blocks = (len(index), *(size for pair in pairs for size in pair))
         per_block = (len(index), *(size for count in groups[1:] for size in (count, 1)))
-        values = self._data.rows(index, precision).astype(precision.dtype, copy=False).reshape(blocks)
+        values = self._data.rows(index, precision).astype(precision.dtype).reshape(blocks)
         if self._offset is not None:
-            values = values - self._offset.rows(block_row, precision).astype(precision.dtype).reshape(per_block)
-        scale = self._scale.rows(block_row, precision).reshape(per_block)
-        return precision.hold((values * scale).reshape(len(index), *self.row_shape), self.element)
+            values -= self._offset.rows(block_row, precision).astype(precision.dtype).reshape(per_block)
+        values *= self._scale.rows(block_row, precision).reshape(per_block)
+        return precision.hold(values.reshape(len(index), *self.row_shape), self.element)
 
 
 class LookupTable(StoredTensor):

@@ -1,0 +1,1 @@
+"""Reads a written package: bytes, statements and runs. Nothing here knows the writer."""

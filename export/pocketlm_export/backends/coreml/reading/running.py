@@ -1,0 +1,104 @@
+"""Runs of a package in the reference interpreter: the calls of several runs together, each weight decoded once."""
+
+import math
+import mmap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketlm.errors import InputError, UnsupportedError
+from pocketlm.runtimes.coreml import function_of
+from pocketlm.runtimes.coreml_interpreter import Interpreter, Request
+from pocketlm_export.backends.reading import Run, Trace
+
+__all__ = ["LARGEST_STATE", "Runner"]
+
+LARGEST_STATE = 600 << 20
+"""Bytes of the states that are held at once."""
+
+KEYS, VALUES = "k_cache", "v_cache"
+Array = npt.NDArray[Any]
+
+
+class Runner:
+    """Over a package with the states ``k_cache`` and ``v_cache`` ``[layers, kv_heads, context, head_dim]``."""
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        self._interpreter = interpreter
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(size or 0 for size in self._interpreter.states[KEYS].shape)
+
+    def state_bytes(self, run: Run) -> int:
+        """What the keys and values of ``run`` take; the part of the context that it doesn't reach takes nothing."""
+        layers, kv_heads, _, head_dim = self._shape
+        positions = run.start + len(run.tokens)
+        return 2 * layers * kv_heads * positions * head_dim * self._interpreter.held_dtype(KEYS).itemsize
+
+    def run(self, runs: Sequence[Run]) -> list[Trace]:
+        """Runs whose states fit together go together.
+
+        Raises :class:`UnsupportedError` naming a run whose state alone is larger than LARGEST_STATE,
+        :class:`InputError` for one that passes the context.
+        """
+        return [trace for batch in self._batches(runs) for trace in self._run(batch)]
+
+    def _batches(self, runs: Sequence[Run]) -> Iterator[list[Run]]:
+        batch: list[Run] = []
+        held = 0
+        for run in runs:
+            size = self.state_bytes(run)
+            if run.start + len(run.tokens) > self._shape[2]:
+                raise InputError(f"run {run.name!r}: {run.start} + {len(run.tokens)} positions of {self._shape[2]}")
+            if size > LARGEST_STATE:
+                raise UnsupportedError(
+                    f"run {run.name!r}: its state takes {size >> 20} MiB, more than {LARGEST_STATE >> 20}; "
+                    "choose one that reaches fewer positions"
+                )
+            if held + size > LARGEST_STATE:
+                yield batch
+                batch, held = [], 0
+            batch.append(run)
+            held += size
+        if batch:
+            yield batch
+
+    def _run(self, runs: Sequence[Run]) -> Iterator[Trace]:
+        states = [self._state(run) for run in runs]
+        requests = [request for run, state in zip(runs, states, strict=True) for request in _requests(run, state)]
+        results = iter(self._interpreter.predict_together(requests))
+        for run, state in zip(runs, states, strict=True):
+            logits = [_last(next(results)["logits"][0], call.rows) for call in run.calls]
+            rows = slice(run.start, run.start + len(run.tokens))
+            keys, values = ([layer[:, rows].copy() for layer in state[name]] for name in (KEYS, VALUES))
+            yield Trace(logits, keys, values)
+
+    def _state(self, run: Run) -> dict[str, Array]:
+        state = {name: _untouched_zeros(self._shape, self._interpreter.held_dtype(name)) for name in (KEYS, VALUES)}
+        if run.past is not None:
+            _, kv_heads, _, head_dim = self._shape
+            for layer, places in enumerate(zip(state[KEYS], state[VALUES], strict=True)):
+                for place, past in zip(places, run.past.layer(layer, kv_heads, head_dim), strict=True):
+                    place[:, : run.past.positions] = past
+        return state
+
+
+def _requests(run: Run, state: dict[str, Array]) -> Iterator[Request]:
+    position = run.start
+    for call in run.calls:
+        inputs = {"input_ids": np.array([call.tokens], np.int32), "position": np.array([position], np.int32)}
+        yield Request(inputs, state, function_of(len(call.tokens), call.rows))
+        position += len(call.tokens)
+
+
+def _last(logits: Array, rows: int) -> Array:
+    return logits if len(logits) == rows else logits[len(logits) - rows :].copy()
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Zeros that take memory where they are written, page by page: numpy's own would ask for huge pages."""
+    size = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype).reshape(shape)

@@ -1,0 +1,47 @@
+"""Several calls together, so that each stored weight is decoded once for all of them.
+
+Each call runs up to its next product with a stored weight and waits. The weight that the first unfinished call waits
+for is multiplied with the rows of every call that waits for it, block by block, and these calls go on, in their order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .execution import Call, Product, answers
+
+__all__ = ["run_together"]
+
+Array = NDArray[Any]
+
+
+def run_together(calls: Sequence[Call]) -> list[dict[str, Array]]:
+    """The results of each call. Those that share a state have turns (:class:`Turns`), which refuse a wrong order.
+
+    In float64 the rows of all calls are one product; in the rounding precisions each call's product is its own, so
+    that the results are bit by bit those of the calls one after another.
+    """
+    steps = [call.steps() for call in calls]
+    results: list[dict[str, Array]] = [{} for _ in calls]
+    waiting: dict[int, Product] = {}
+
+    def proceed(number: int, product: Array | None) -> None:
+        try:
+            waiting[number] = next(steps[number]) if product is None else steps[number].send(product)
+        except StopIteration as finished:
+            results[number] = finished.value
+
+    with np.errstate(all="ignore"):
+        for number in range(len(calls)):
+            proceed(number, None)
+        while waiting:
+            identity = waiting[min(waiting)].identity
+            together = sorted(number for number, product in waiting.items() if product.identity == identity)
+            products = [waiting.pop(number) for number in together]
+            found = answers(products, stacked=calls[together[0]].settings.precision.name == "float64")
+            del products
+            for number in together:
+                proceed(number, found.pop(0))
+    return results
