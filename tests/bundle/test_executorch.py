@@ -290,7 +290,7 @@ def test_the_official_runner_generates_the_tokens_of_our_session(prompt, calls, 
             logits = session.extend([expected[-1]])
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-    runner = TextLLMRunner(str(pte(ascii_bundle)), str(ascii_bundle.folder / "tokenizer" / "tokenizer.json"))
+    runner = TextLLMRunner(str(pte(ascii_bundle)), str(ascii_bundle.folder / "executorch" / "tokenizer.json"))
     config = GenerationConfig(echo=False, max_new_tokens=16, temperature=0.0)
     for _ in range(2):  # the second time after a reset
         pieces: list[str] = []

@@ -5,10 +5,13 @@ answer ``{"answer": ids or text}`` or ``{"refused": words}``. ``{"failed": words
 """
 
 import json
+import resource
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+MOST_MEMORY = 4 << 30  # bytes of address space: a tokenizer.json can make a vendor's code fill any memory
 
 Ask = Callable[[Mapping[str, Any]], Any]
 
@@ -77,4 +80,6 @@ def main(module: str, folder: str, questions: str, answers: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.platform == "linux":  # elsewhere there may be no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     main(*sys.argv[1:])
