@@ -77,6 +77,10 @@ def test_the_demo_bundle_conforms(demo_bundle):
 def test_a_composing_tokenizer_is_right_in_executorch_and_counted_in_genai(composing):
     results = by_name(composing)
     assert [results[name].status for name in OWN] == ["passed"] * 4
+    rewritten = results["pocketlm: encode with executorch/tokenizer.json"]
+    assert rewritten.status == "passed"
+    assert rewritten.strings >= 200
+    assert "pocketlm: encode with onnx/tokenizer.json" not in results  # its bytes are the model's own
     executorch, genai = results["pytorch_tokenizers: encode"], results["onnxruntime-genai: encode"]
     assert (executorch.status, executorch.differing) == ("differs", 2)
     assert genai.status == "differs"
@@ -113,11 +117,21 @@ def test_a_refusal_that_does_not_come_fails(edited):
     assert (results["pocketlm: render"].status, results["pocketlm: render"].differing) == ("failed", 1)
 
 
+@pytest.mark.parametrize("target", ["onnx", "executorch"])
+def test_a_vendor_s_file_that_says_something_else_fails(target, edited):
+    def change(content: bytes) -> bytes:
+        return json.dumps({**json.loads(content), "normalizer": {"type": "Lowercase"}}).encode()
+
+    failed = by_name(edited(f"{target}/tokenizer.json", change))[f"pocketlm: encode with {target}/tokenizer.json"]
+    assert failed.status == "failed"
+    assert 0 < failed.differing < failed.strings
+
+
 @pytest.mark.parametrize("change", [lambda _: None, lambda _: b""], ids=["missing", "empty"])
 def test_without_golden_vectors_nothing_passes(change, edited):
     results = check_text(edited("golden/tokenizer.jsonl", change))
     encodings = [result for result in results if result.golden == "golden/tokenizer.jsonl"]
-    assert len(encodings) == 7
+    assert len(encodings) == 8
     assert {result.status for result in encodings} == {"not run"}
 
 
@@ -146,6 +160,7 @@ def test_a_vendor_that_crashes_ends_nothing_else(edited):
     assert crashed.status == "not run"
     assert "SIGSEGV" in str(crashed.reason)
     assert results["pocketlm: encode"].status == "passed"
+    assert results["pocketlm: encode with executorch/tokenizer.json"].status == "failed"
 
 
 def test_a_tokenizer_that_the_vendor_does_not_know_is_not_run_with_the_reason(edited):
