@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from pocketlm.bundle import RUNTIMES, Bundle
-from pocketlm.certificate import Certificate, Level, Loss, Oracle, TargetCertificate, rounded
+from pocketlm.certificate import Certificate, Evidence, Level, Loss, Oracle, TargetCertificate
 from pocketlm.errors import BundleError, InputError, PocketLMError
 from pocketlm.machine import machine_facts
 from pocketlm.session import Session
 from pocketlm_export.backends.reading import EXACT, Reader, Run, Trace, open_reader
-from pocketlm_export.verify.comparison import likeness
 from pocketlm_export.verify.evidence import Runs, choose_runs, greedy_run
 from pocketlm_export.verify.levels import (
     Greedy,
@@ -28,15 +27,26 @@ from pocketlm_export.verify.levels import (
     whole_level,
 )
 from pocketlm_export.verify.lockstep import Lane, WeightSource, run_lanes
+from pocketlm_export.verify.loss import measure_loss
 from pocketlm_export.verify.oracle import check_oracle, judge_oracle, oracle_traces
 from pocketlm_export.verify.structure import check_structure
 from pocketlm_export.verify.subject import ArtifactWeights, Subject
 from pocketlm_export.verify.text import check_text
 
-__all__ = ["issue_certificate"]
+__all__ = ["Measured", "issue_certificate", "measure"]
 
 Stage = Callable[[str, int], None]
 ORIGINAL, ORIGINAL_EAGER, EAGER = "original", "original, float32", "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What running the artifacts gave, as the certificate states it."""
+
+    evidence: Evidence
+    targets: dict[str, TargetCertificate]
+    loss: Loss | None
+    oracle: Oracle | None
 
 
 def issue_certificate(
@@ -51,19 +61,41 @@ def issue_certificate(
     A level that fails is in the certificate; what is raised is what keeps it from being issued: an oracle that isn't
     there or has no checkpoint, a target that the bundle doesn't have, a bundle that holds no readable weights.
     """
-    bundle, graph = subject.bundle, subject.graph
+    bundle = subject.bundle
     chosen = _chosen(bundle, targets)
     if oracle is not None:
         check_oracle(oracle)
         if subject.checkpoint is None:
             raise InputError("an oracle computes with the checkpoint: give it with --reference")
     bundle.check_files()
-
     stage("verify the text", 0)
     text = check_text(bundle)
+    measured = measure(subject, chosen, oracle, stage)
+    return Certificate(
+        format_version="1.0",
+        manifest_sha256=hashlib.sha256((bundle.folder / "manifest.json").read_bytes()).hexdigest(),
+        pocketlm=importlib.metadata.version("pocketlm"),
+        libraries=_libraries(chosen),
+        machine=machine_facts(),
+        evidence=measured.evidence,
+        targets=measured.targets,
+        loss=measured.loss,
+        oracle=measured.oracle,
+        text=text,
+    ).sealed()
+
+
+def measure(
+    subject: Subject,
+    targets: Sequence[str],
+    oracle: str | None = None,
+    stage: Stage = lambda _name, _elements: None,
+) -> Measured:
+    """The five levels of each of ``targets``, and loss and oracle where the checkpoint is at hand."""
+    bundle, graph = subject.bundle, subject.graph
     elements = sum(math.prod(weight.shape) for weight in graph.weights().values())
     runs = choose_runs(graph, bundle.manifest, bundle.tokenizer, elements)
-    artifacts = [_Artifact(bundle, target) for target in chosen]
+    artifacts = [_Artifact(bundle, target) for target in targets]
     weights = subject.weights or _weights_of_an_artifact(bundle, artifacts)
     for artifact in artifacts:
         stage(f"run {artifact.target}", 0)
@@ -71,27 +103,25 @@ def issue_certificate(
 
     stage("run the reference", 0)
     lanes = [lane for artifact in artifacts for lane in artifact.lanes(runs, weights)]
-    originals = _original_lanes(subject, runs, oracle)
-    traces = run_lanes(graph, [*lanes, *_eager_lane(lanes, runs, weights), *originals])
+    both = (*runs.texts, *runs.probes)
+    lanes.append(Lane(name=EAGER, runs=both, weights=weights, dtype=torch.float32))
+    traces = run_lanes(graph, [*lanes, *_original_lanes(subject, runs, oracle)])
+    loss = None
+    if subject.originals is not None:
+        loss = measure_loss(runs.texts, traces[ORIGINAL_EAGER], traces[targets[0]][: len(runs.texts)])
+    judged_oracle = None
+    if oracle is not None and subject.checkpoint is not None:
+        stage(f"run {oracle}", 0)
+        told = oracle_traces(subject.checkpoint, runs.texts)
+        judged_oracle = judge_oracle(traces.pop(ORIGINAL), traces.pop(ORIGINAL_EAGER), told)
+
     values = subject.weights or (weights if _exact(artifacts) else None)
     certificates = {}
     for artifact in artifacts:
         stage(f"verify {artifact.target}", 0)
         certificates[artifact.target] = artifact.judge(subject, runs, values, traces)
         weights.release()
-
-    return Certificate(
-        format_version="1.0",
-        manifest_sha256=hashlib.sha256((bundle.folder / "manifest.json").read_bytes()).hexdigest(),
-        pocketlm=importlib.metadata.version("pocketlm"),
-        libraries=_libraries(chosen),
-        machine=machine_facts(),
-        evidence=runs.evidence(),
-        targets=certificates,
-        loss=_loss(runs, next(iter(lanes)).name, traces),
-        oracle=_oracle(subject, runs, traces, oracle, stage),
-        text=text,
-    ).sealed()
+    return Measured(runs.evidence(), certificates, loss, judged_oracle)
 
 
 @dataclass(slots=True)
@@ -205,12 +235,6 @@ def _exact(artifacts: Sequence[_Artifact]) -> bool:
     return any(a.reader is not None and a.reader.stored.value is np.float32 for a in artifacts)
 
 
-def _eager_lane(lanes: Sequence[Lane], runs: Runs, weights: WeightSource) -> list[Lane]:
-    """Eager float32: the floor of what real runtimes can reach in float32."""
-    both = (*runs.texts, *runs.probes)
-    return [Lane(name=EAGER, runs=both, weights=weights, dtype=torch.float32)] if lanes else []
-
-
 def _original_lanes(subject: Subject, runs: Runs, oracle: str | None) -> list[Lane]:
     if subject.originals is None:
         return []
@@ -232,44 +256,6 @@ def _greedy(session: Session, prompt: Sequence[int], steps: int) -> tuple[int, .
     while len(chosen) < steps:
         chosen.append(int(session.extend(chosen[-1:])[-1].argmax()))
     return tuple(chosen)
-
-
-def _loss(runs: Runs, reference: str, traces: dict[str, list[Trace]]) -> Loss | None:
-    """The reference on the bundle's weights against the one on the original ones."""
-    originals = traces.get(ORIGINAL_EAGER)
-    if originals is None:
-        return None
-    own = traces[reference][: len(runs.texts)]
-    found = likeness(originals, own)
-    return Loss(
-        nats_per_token=rounded(_nats_per_token(runs.texts, own)) or 0.0,
-        original_nats_per_token=rounded(_nats_per_token(runs.texts, originals)) or 0.0,
-        mean_kl=rounded(found.mean_kl) or 0.0,
-        rms=rounded(found.rms) or 0.0,
-    )
-
-
-def _nats_per_token(runs: Sequence[Run], traces: Sequence[Trace]) -> float:
-    """The mean cost of the tokens that follow judged positions."""
-    costs = []
-    for run, trace in zip(runs, traces, strict=True):
-        tokens, stop = run.tokens, 0
-        for call, logits in zip(run.calls, trace.logits, strict=True):
-            stop += len(call.tokens)
-            for row, position in zip(logits, range(stop - call.rows, stop), strict=True):
-                if position + 1 < len(tokens):
-                    wide = row.astype(np.float64)
-                    costs.append(float(np.logaddexp.reduce(wide) - wide[tokens[position + 1]]))
-    return float(np.mean(costs))
-
-
-def _oracle(
-    subject: Subject, runs: Runs, traces: dict[str, list[Trace]], oracle: str | None, stage: Stage
-) -> Oracle | None:
-    if oracle is None or subject.checkpoint is None:
-        return None
-    stage(f"run {oracle}", 0)
-    return judge_oracle(traces[ORIGINAL], traces[ORIGINAL_EAGER], oracle_traces(subject.checkpoint, runs.texts))
 
 
 def _libraries(targets: Sequence[str]) -> dict[str, str]:

@@ -94,12 +94,12 @@ class Evidence(Closed):
 
 class Loss(Closed):
     """The reference on the bundle's weights against the original ones: nats a token on the texts, mean KL in nats, and
-    root mean square over the deviation of the logits. None where the checkpoint was not given."""
+    root mean square over the deviation of the logits; None: not finite."""
 
-    nats_per_token: float
-    original_nats_per_token: float
-    mean_kl: float
-    rms: float
+    nats_per_token: float | None
+    original_nats_per_token: float | None
+    mean_kl: float | None
+    rms: float | None
 
 
 class Oracle(Closed):

@@ -33,8 +33,8 @@ def certificate_lines(certificate: Certificate) -> Iterator[str]:
         yield f"{'loss':<12}not measured: the checkpoint was not given (--reference)"
     else:
         yield (
-            f"{'loss':<12}{loss.nats_per_token:g} nats a token, {loss.original_nats_per_token:g} with the original "
-            f"weights; mean KL {loss.mean_kl:g}"
+            f"{'loss':<12}{loss.nats_per_token} nats a token, {loss.original_nats_per_token} with the original "
+            f"weights; mean KL {loss.mean_kl}"
         )
     if oracle is None:
         yield f"{'oracle':<12}none"
@@ -42,11 +42,12 @@ def certificate_lines(certificate: Certificate) -> Iterator[str]:
         words = "; ".join(_check_words(check) for check in oracle.checks)
         yield _line("oracle", f"{oracle.name} {oracle.version}", oracle.status, words)
     for index, result in enumerate(certificate.text):
-        yield _line("text" if index == 0 else "", result.golden, result.status, _text_words(result))
+        golden = result.golden.removeprefix("golden/")
+        yield _line("text" if index == 0 else "", golden, result.status, _text_words(result))
 
 
 def _line(subject: str, name: str, status: str, words: str) -> str:
-    return f"{subject:<12}{name:<22}{MARKS[status]:<9}{printable(words)}".rstrip()
+    return f"{subject:<12}{name:<17}{MARKS[status]:<9}{printable(words)}".rstrip()
 
 
 def _level_words(level: Level) -> str:
