@@ -1,6 +1,7 @@
 """Writes a bundle beside its place and moves it there when it is whole."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -36,13 +37,15 @@ from pocketlm_export.quantization.weights import Weights
 
 __all__ = ["BundleWriter"]
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 ARTIFACT_PATHS = {"onnx": "onnx/model.onnx", "executorch": "executorch/model.pte", "coreml": "coreml/model.mlpackage"}
 
 
 class BundleWriter:
     """A folder that becomes ``output`` at :meth:`commit`, or vanishes.
 
-    Raises :class:`InputError` if ``output`` exists and ``force`` is false, or its parent can't be written.
+    Raises :class:`InputError` if ``output`` exists and ``force`` is false, or can't be written, or its disk gets full:
+    an :class:`OSError` within the context becomes one.
     """
 
     def __init__(self, output: Path, *, force: bool) -> None:
@@ -69,9 +72,18 @@ class BundleWriter:
         self._folder.mkdir()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._remove_made_parents()
+        if isinstance(error, OSError):
+            raise InputError(f"{self._place(error)}: {error.strerror or error}") from error
+
+    def _place(self, error: OSError) -> str:
+        """The file that the user knows: a full disk is the output's, whatever file was being copied to it."""
+        name = str(error.filename or self.output)
+        if error.errno in FULL or Path(name).is_relative_to(self._scratch):
+            return f"{self.output}: can't be written"
+        return name
 
     def _remove_made_parents(self) -> None:
         for folder in self._made_parents:

@@ -121,8 +121,15 @@ def test_no_verify_is_accepted_and_says_that_it_skips_nothing(pocketlm, tmp_path
     assert "--no-verify: this release does not verify" in process.stderr
 
 
-@pytest.mark.parametrize(("number", "stage"), ((signal.SIGINT, "writing"), (signal.SIGTERM, "tracing")))
-def test_an_interrupt_leaves_nothing_behind(number, stage, environment, tmp_path):
+INTERRUPTS = (
+    (signal.SIGTERM, "tracing"),
+    (signal.SIGINT, "quantizing"),
+    (signal.SIGHUP, "writing"),
+)
+
+
+@pytest.mark.parametrize(("number", "stage"), INTERRUPTS)
+def test_an_interrupt_leaves_nothing_behind(number, stage, environment, store, tmp_path):
     source = write_small_checkpoint(tmp_path / "source", num_hidden_layers=24, hidden_size=128, intermediate_size=256)
     place = tmp_path / "place"
     command = [*PROGRAM, "export", str(source), "-o", str(place / "new" / "bundle")]
@@ -139,6 +146,7 @@ def test_an_interrupt_leaves_nothing_behind(number, stage, environment, tmp_path
     assert stderr.splitlines()[-1] == "interrupted"
     assert stdout == ""
     assert not place.exists()
+    assert not list(store.rglob(".*")), "no half-written entry"
 
 
 def test_a_full_disk_is_one_message(pocketlm, checkpoint, tmp_path):

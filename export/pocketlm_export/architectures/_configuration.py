@@ -11,7 +11,7 @@ __all__ = ["DecoderConfig", "Defaults", "LayerConfig", "layer_windows", "read_de
 MOST_LAYERS = 1024
 # Ten times beyond what any released model has; what is larger is an error of whoever wrote the file.
 LARGEST_THETA = 1e11
-LARGEST_FACTOR = 1e5
+LARGEST_NUMBER = 1e5
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def read_decoder(fields: Fields, defaults: Defaults = Defaults()) -> DecoderConf
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_epsilon=fields.number("rms_norm_eps", 1e-6, most=1.0),
+        norm_epsilon=fields.number("rms_norm_eps", 1e-6, most=LARGEST_NUMBER),
         context_length=context_length,
         tied=fields.flag("tie_word_embeddings", defaults.tied),
         layers=(layer,) * fields.integer("num_hidden_layers", most=MOST_LAYERS),
@@ -118,16 +118,16 @@ def read_rotary(fields: Fields, width: int, default_theta: float, context_length
         case "default":
             frequencies = default_frequencies(theta, width)
         case "linear":
-            frequencies = linear_frequencies(theta, width, rope.number("factor", least=1, most=LARGEST_FACTOR))
+            frequencies = linear_frequencies(theta, width, rope.number("factor", least=1, most=LARGEST_NUMBER))
         case "llama3":
             original = fields.integer(
                 "original_max_position_embeddings", rope.integer("original_max_position_embeddings", context_length)
             )
-            low, high = (rope.number(key, most=LARGEST_FACTOR) for key in ("low_freq_factor", "high_freq_factor"))
+            low, high = (rope.number(key, most=LARGEST_NUMBER) for key in ("low_freq_factor", "high_freq_factor"))
             if high <= low:
                 raise rope.refuse("high_freq_factor", f"must be greater than low_freq_factor ({low}), not {high}")
             frequencies = llama3_frequencies(
-                theta, width, rope.number("factor", least=1, most=LARGEST_FACTOR), low, high, original
+                theta, width, rope.number("factor", least=1, most=LARGEST_NUMBER), low, high, original
             )
         case _:
             raise UnsupportedError(

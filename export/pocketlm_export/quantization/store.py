@@ -6,12 +6,13 @@ calibration, so that a changed input is another entry. Entries are written besid
 reader sees a whole entry or none.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from pocketlm.errors import CheckpointError
+from pocketlm.errors import CheckpointError, InputError
 from pocketlm_export.checkpoint.checkpoint import Tensors
 from pocketlm_export.checkpoint.tensors import TensorFile, bfloat16_to_float32
 from pocketlm_export.quantization.rounding import pack_nibbles, quantize_rows, unpack_nibbles
@@ -104,26 +105,39 @@ class WeightStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root / "weights"
-        self.root.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.root}: the weight store can't be written: {error.strerror or error}; --store chooses another"
+            ) from error
 
     def quantized(self, tensors: Tensors, name: str, row: SchemeRow) -> tuple[QuantizedTensor, bool]:
         """The entry of tensor ``name``, and whether it had to be made.
 
-        Raises :class:`CheckpointError` naming tensor and index where a value is NaN or infinite.
+        Raises :class:`CheckpointError` naming tensor and index where a value is NaN or infinite, :class:`InputError`
+        where the store can't be written.
         """
         rows, columns = tensors.shape(name)
         path = self._path(tensors, name, row)
         found = self._open(path, row, (rows, columns))
         if found is not None:
-            os.utime(path)
+            with contextlib.suppress(OSError):  # a store that is only read, or that another process prunes
+                os.utime(path)
             return found, False
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        try:
-            self._write(temporary, tensors, name, row)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with self._writing():
+            path.parent.mkdir(exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            try:
+                self._write(temporary, tensors, name, row)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         made = self._open(path, row, (rows, columns))
         if made is None:
             raise CheckpointError(f"{path}: the entry just written can't be read back: is the disk failing?")
@@ -135,23 +149,22 @@ class WeightStore:
 
     def size(self) -> int:
         """Bytes of all entries."""
-        return sum(path.stat().st_size for path in self.entries())
+        return sum(status.st_size for _, status in _present(self.entries()))
 
     def prune(self, limit: int = 0) -> int:
         """Delete the entries least recently used until at most ``limit`` bytes stay; returns the bytes freed.
 
         What killed processes left unfinished goes too. A process that has an entry mapped keeps reading it.
         """
-        for path in self.root.glob("*/.*"):
-            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+        for path, status in _present(self.root.glob("*/.*")):
+            if time.time() - status.st_mtime > ABANDONED_SECONDS:
                 path.unlink(missing_ok=True)
-        entries = sorted(((path.stat().st_mtime, path.stat().st_size, path) for path in self.entries()), reverse=True)
         kept = freed = 0
-        for _, size, path in entries:
-            kept += size
+        for path, status in sorted(_present(self.entries()), key=lambda entry: entry[1].st_mtime, reverse=True):
+            kept += status.st_size
             if kept > limit:
                 path.unlink(missing_ok=True)
-                freed += size
+                freed += status.st_size
         return freed
 
     def _path(self, tensors: Tensors, name: str, row: SchemeRow) -> Path:
@@ -183,6 +196,16 @@ class WeightStore:
             for start, values in tensors.blocks(name, BLOCK_ELEMENTS):
                 codes, scales = quantize_rows(values, row)
                 entry.put(start, pack_nibbles(codes) if row.bits == 4 else codes.view(np.uint8), scales)
+
+
+def _present(paths: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
+    """Each with its status; without those that another process renames or removes meanwhile."""
+    for path in paths:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        yield path, status
 
 
 class _EntryWriter:
