@@ -5,7 +5,7 @@ last reader has run, a layer's caches only while its attention does.
 """
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ __all__ = ["execute", "own_positions"]
 
 Array = npt.NDArray[Any]
 Values = Sequence[Array]  # one for each call
+Operator = Callable[[Sequence[Any]], Sequence[Array | None]]
 
 ATTENTION = f"{MICROSOFT}GroupQueryAttention"
 CACHES = slice(3, 5)  # the inputs of an attention that are its buffers
@@ -81,6 +82,7 @@ class _Caches:
     def attend(self, file: OnnxFile, node: WrittenNode, arguments: Sequence[Values | Array | None]) -> list[Values]:
         """Call after call, over buffers of its own for each run."""
         layer = _layer(file, node)
+        compute = _operator(file, node)
         outputs: list[Array] = []
         index = 0
         for run, added in zip(self._runs, self._added, strict=True):
@@ -88,7 +90,7 @@ class _Caches:
             for _ in run.calls:
                 inputs = [_of_call(argument, index) for argument in arguments]
                 inputs[CACHES] = buffers
-                output, *_ = _call(file, node, inputs)
+                output, *_ = compute(inputs)
                 assert output is not None
                 outputs.append(output)
                 index += 1
@@ -176,7 +178,8 @@ def _of_call(argument: Values | Array | None, index: int) -> Array | None:
 def _one_by_one(
     file: OnnxFile, node: WrittenNode, arguments: Sequence[Values | Array | None], calls: int
 ) -> list[Values]:
-    results = [_call(file, node, [_of_call(argument, index) for argument in arguments]) for index in range(calls)]
+    compute = _operator(file, node)
+    results = [compute([_of_call(argument, index) for argument in arguments]) for index in range(calls)]
     made: list[Values] = []
     for name, values in zip(node.outputs, zip(*results, strict=True), strict=False):
         if name and any(value is None for value in values):
@@ -189,31 +192,35 @@ def _together(file: OnnxFile, node: WrittenNode, arguments: Sequence[Values | Ar
     x, *constants = arguments
     if x is None or isinstance(x, np.ndarray) or any(isinstance(c, Sequence) for c in constants):
         raise UnsupportedError(f"{file.path}: {node.name}: only products with a constant matrix are supported")
-    (y,) = _call(file, node, [np.concatenate(x, 1), *constants])
+    (y,) = _operator(file, node)([np.concatenate(x, 1), *constants])
     assert y is not None
     return [np.split(y, np.cumsum([value.shape[1] for value in x])[:-1].tolist(), 1)]
 
 
-def _call(file: OnnxFile, node: WrittenNode, inputs: Sequence[Any]) -> Sequence[Array | None]:
-    """The outputs of one operator on the inputs of one call."""
+def _operator(file: OnnxFile, node: WrittenNode) -> Operator:
+    """What computes ``node`` for the inputs of one call. Refuses what the operator's function doesn't know."""
     function = OPERATORS.get(node.operator)
     if function is None:
         raise UnsupportedError(f"{file.path}: {node.name}: operator {node.operator!r} is not known")
-    attributes = {name.lower(): value for name, value in node.attributes.items()}
     parameters = inspect.signature(function).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    attributes = {name.lower(): value for name, value in node.attributes.items()}
     unknown = [name for name in node.attributes if name.lower() not in known]
     if unknown:
         raise UnsupportedError(f"{file.path}: {node.name}: attribute {unknown[0]!r} of {node.operator} is not known")
-    if len(inputs) > len(parameters) - len(known):
+    inputs = len(parameters) - len(known)
+    if len(node.inputs) > inputs:
         raise UnsupportedError(
-            f"{file.path}: {node.name}: {len(inputs)} inputs of {node.operator}; "
-            f"known are {len(parameters) - len(known)}"
+            f"{file.path}: {node.name}: {len(node.inputs)} inputs of {node.operator}; known are {inputs}"
         )
-    try:
-        results = function(*inputs, **attributes)
-    except PocketLMError as error:
-        raise type(error)(f"{file.path}: {node.name}: {error}") from error
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise BundleError(f"{file.path}: {node.name}: {node.operator} does not fit its inputs: {error}") from error
-    return [results] if isinstance(results, np.ndarray) else results
+
+    def compute(arguments: Sequence[Any]) -> Sequence[Array | None]:
+        try:
+            results = function(*arguments, **attributes)
+        except PocketLMError as error:
+            raise type(error)(f"{file.path}: {node.name}: {error}") from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise BundleError(f"{file.path}: {node.name}: {node.operator} does not fit its inputs: {error}") from error
+        return [results] if isinstance(results, np.ndarray) else results
+
+    return compute

@@ -92,10 +92,15 @@ def signed_codes(packed: Array, bits: int) -> npt.NDArray[np.int8]:
 
 def dequantized(packed: Array, scales: Array, bits: int) -> npt.NDArray[np.float64]:
     """uint8 ``[..., bytes]`` and float32 ``[..., blocks]`` -> float64 ``[..., columns]``."""
-    codes = signed_codes(packed, bits)
-    blocks = codes.reshape(*scales.shape, -1).astype(np.float64)
-    blocks *= scales[..., None]
-    return blocks.reshape(codes.shape)
+    values = VALUES_OF_BYTE[bits].take(packed, 0).reshape(*scales.shape, -1)
+    values *= scales[..., None]
+    return values.reshape(*scales.shape[:-1], -1)
+
+
+# The codes of each byte as float64 ``[256, codes]``: a look-up is the fastest way to unpack.
+VALUES_OF_BYTE = {
+    bits: signed_codes(np.arange(256, dtype=np.uint8)[:, None], bits).astype(np.float64) for bits in (4, 8)
+}
 
 
 def row_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:

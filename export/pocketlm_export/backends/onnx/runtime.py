@@ -35,6 +35,7 @@ RUNTIME_ERRORS = (
     ort_state.NotImplemented,
     ort_state.RuntimeException,
 )
+HIDDEN_STATES = "hidden_states"
 FLOAT_ACTIVATIONS = 0  # MatMulNBits' accuracy_level
 
 
@@ -47,30 +48,36 @@ def unmet_floor(floor: str) -> str | None:
 
 
 def meaning(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model: Model) -> list[Trace]:
-    """Logits, keys and values with activations in float32. Sessions follow one another: one model in memory."""
-    session = start_session(decoder, _with_float_activations(decoder))
+    """Logits, keys and values with activations in float32. Sessions follow one another: one model in memory.
+
+    The decoder is cut at its hidden states: what follows them gets the last positions of all calls at once, as a
+    batch, because a product at this accuracy unpacks its whole matrix each time that it is called.
+    """
+    body, tail = _cut(decoder)
+    session = start_session(decoder, body)
     traces: list[Trace] = []
     states: list[Array] = []
     for run in runs:
-        trace = Trace()
-
-        def collect(call: int, outputs: Mapping[str, Array], run: Run = run, trace: Trace = trace) -> None:
-            rows = run.calls[call].rows
-            trace.logits.append(outputs["logits"][0])
-            if rows > 1:
-                states.append(outputs["hidden_states"][:, -rows:])
-
-        trace.keys, trace.values = decode(session, decoder, run, model, ("logits", "hidden_states"), collect)
-        traces.append(trace)
-    del session
-    if states:
-        session = start_session(head, _with_float_activations(head))
-        remaining = iter(states)
-        for run, trace in zip(runs, traces, strict=True):
-            for index, call in enumerate(run.calls):
-                if call.rows > 1:
-                    (logits,) = run_head(session, head, next(remaining), ("logits",))
-                    trace.logits[index] = logits[0]
+        keys, values = decode(
+            session, decoder, run, model, (HIDDEN_STATES,), lambda _, made: states.extend(made.values())
+        )
+        traces.append(Trace(keys=keys, values=values))
+    calls = [call for run in runs for call in run.calls]
+    single, many = ([index for index, call in enumerate(calls) if (call.rows > 1) == more] for more in (False, True))
+    logits: dict[int, Array] = {}
+    if single:
+        session = start_session(decoder, tail)
+        batch = np.concatenate([states[index][:, -1:] for index in single])
+        logits |= zip(single, run_head(session, decoder, batch, ("logits",))[0], strict=True)
+    if many:
+        session = start_session(head, _with_float_activations(head.model))
+        rows = np.concatenate([states[index][:, -calls[index].rows :] for index in many], 1)
+        (made,) = run_head(session, head, rows, ("logits",))
+        ends = np.cumsum([calls[index].rows for index in many])
+        logits |= zip(many, np.split(made[0], ends[:-1].tolist()), strict=True)
+    remaining = iter(sorted(logits))
+    for run, trace in zip(runs, traces, strict=True):
+        trace.logits = [logits[next(remaining)] for _ in run.calls]
     return traces
 
 
@@ -126,9 +133,9 @@ def decode(
 def run_head(
     session: onnxruntime.InferenceSession, file: OnnxFile, states: Array, outputs: Sequence[str]
 ) -> list[Array]:
-    """``outputs`` of head.onnx for hidden states ``[1, rows, width]``."""
+    """``outputs`` of head.onnx, or of what follows the decoder's hidden states, for ``[batch, rows, width]``."""
     try:
-        results: list[Array] = session.run(list(outputs), {"hidden_states": np.ascontiguousarray(states)})
+        results: list[Array] = session.run(list(outputs), {HIDDEN_STATES: np.ascontiguousarray(states)})
     except RUNTIME_ERRORS as error:
         raise CheckError(f"{file.path}: ONNX Runtime failed: {error}") from error
     return results
@@ -154,14 +161,46 @@ def _bind_caches(binding: onnxruntime.IOBinding, file: OnnxFile, run: Run, model
     return caches
 
 
-def _with_float_activations(file: OnnxFile) -> onnx.ModelProto:
-    model = onnx.ModelProto()
-    model.CopyFrom(file.model)
-    for node in model.graph.node:
+def _cut(file: OnnxFile) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """The decoder up to its hidden states and caches, and from the hidden states on, with activations in float32.
+
+    Raises :class:`CheckError` if logits come from anything else.
+    """
+    behind: set[str] = set()
+    wanted = ["logits"]
+    while wanted:
+        node = file.maker(value := wanted.pop())
+        if node is None:
+            raise CheckError(f"{file.path}: logits come from {value!r}, not from {HIDDEN_STATES} alone")
+        behind.update(node.outputs)
+        wanted += [name for name in node.inputs if name and name != HIDDEN_STATES and name not in file.constants]
+    body, tail = _with_float_activations(file.model), _with_float_activations(file.model)
+    for model, is_tail in ((body, False), (tail, True)):
+        graph = model.graph
+        nodes = [node for node in graph.node if (node.output[0] in behind) == is_tail]
+        read = {name for node in nodes for name in node.input}
+        outputs = [value for value in graph.output if (value.name == "logits") == is_tail]
+        inputs = [value for value in graph.input if value.name in read]
+        constants = [constant for constant in graph.initializer if constant.name in read]
+        if is_tail:
+            outputs = [onnx.ValueInfoProto(name="logits")]  # of a batch, which the file does not have
+            float_type = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+            inputs = [onnx.ValueInfoProto(name=HIDDEN_STATES, type=float_type)]
+        for field, kept in (("node", nodes), ("output", outputs), ("input", inputs), ("initializer", constants)):
+            copies = [type(item).FromString(item.SerializeToString()) for item in kept]
+            graph.ClearField(field)
+            getattr(graph, field).extend(copies)
+    return body, tail
+
+
+def _with_float_activations(model: onnx.ModelProto) -> onnx.ModelProto:
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for node in changed.graph.node:
         for attribute in node.attribute:
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = FLOAT_ACTIVATIONS
-    return model
+    return changed
 
 
 def _release(version: str) -> tuple[int, ...]:
