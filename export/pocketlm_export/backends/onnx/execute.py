@@ -48,10 +48,7 @@ def execute(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model: Model
         rows = _outputs(head, {"hidden_states": states}, caches, {"logits"})["logits"]
         for index, value in zip(many, rows, strict=True):
             logits[index] = value[0]
-    remaining = iter(logits)
-    for run, trace in zip(runs, caches.traces(decoder), strict=True):
-        trace.logits = [next(remaining) for _ in run.calls]
-    return caches.traces(decoder)
+    return caches.traces(decoder, logits)
 
 
 def own_positions(cache: Array, run: Run, head_dim: int, name: str) -> Array:
@@ -77,7 +74,6 @@ class _Caches:
         self._runs = runs
         self._model = model
         self._added: list[dict[int, tuple[Array, Array]]] = [{} for _ in runs]
-        self._traces = [Trace() for _ in runs]
 
     def attend(self, file: OnnxFile, node: WrittenNode, arguments: Sequence[Values | Array | None]) -> list[Values]:
         """Call after call, over buffers of its own for each run."""
@@ -101,17 +97,20 @@ class _Caches:
             added[layer] = keys, values
         return [outputs]
 
-    def traces(self, file: OnnxFile) -> list[Trace]:
-        """With keys and values of every layer."""
+    def traces(self, file: OnnxFile, logits: Sequence[Array]) -> list[Trace]:
+        """Of every run: its part of ``logits``, which are of all calls, and keys and values of every layer."""
         layers = range(self._model.layers)
-        for trace, added in zip(self._traces, self._added, strict=True):
+        remaining = iter(logits)
+        traces = []
+        for run, added in zip(self._runs, self._added, strict=True):
             if sorted(added) != list(layers):
                 raise CheckError(f"{file.path}: has attention layers {sorted(added)}, not {len(layers)} from 0 on")
-            trace.keys, trace.values = ([added[layer][part] for layer in layers] for part in (0, 1))
-        return self._traces
+            keys, values = ([added[layer][part] for layer in layers] for part in (0, 1))
+            traces.append(Trace([next(remaining) for _ in run.calls], keys, values))
+        return traces
 
     def _buffers(self, file: OnnxFile, node: WrittenNode, layer: int, run: Run) -> list[Array]:
-        shape = file.inputs[node.inputs[CACHES][0]]
+        shape = file.inputs.get(node.inputs[CACHES][0], (None,))
         kv_heads, width = self._model.kv_heads, shape[-1]
         if shape[:2] != (1, kv_heads) or not isinstance(width, int) or width < self._model.head_dim:
             raise CheckError(f"{file.path}: {node.inputs[CACHES][0]}: {shape} is no cache of {kv_heads} heads")
@@ -219,7 +218,7 @@ def _operator(file: OnnxFile, node: WrittenNode) -> Operator:
             results = function(*arguments, **attributes)
         except PocketLMError as error:
             raise type(error)(f"{file.path}: {node.name}: {error}") from error
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, IndexError, MemoryError, TypeError, ValueError) as error:
             raise BundleError(f"{file.path}: {node.name}: {node.operator} does not fit its inputs: {error}") from error
         return [results] if isinstance(results, np.ndarray) else results
 

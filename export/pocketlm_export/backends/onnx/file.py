@@ -54,7 +54,7 @@ class OnnxFile:
         if self.model.functions or self.model.graph.sparse_initializer:
             raise UnsupportedError(f"{path}: functions and sparse constants are not supported")
         self._constants = {constant.name: constant for constant in self.model.graph.initializer}
-        self.nodes = [_written(node) for node in self.model.graph.node]
+        self.nodes = [self._written(node) for node in self.model.graph.node]
         """The operators, in the order of the file."""
         self._check_names()
 
@@ -110,6 +110,14 @@ class OnnxFile:
         """The operator that makes ``value``; None for an input or a constant of the graph."""
         return self._makers.get(value)
 
+    def _written(self, node: onnx.NodeProto) -> WrittenNode:
+        try:
+            attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        except ValueError as error:
+            raise BundleError(f"{self.path}: {node.name}: {error}") from error
+        operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        return WrittenNode(node.name, operator, tuple(node.input), tuple(node.output), attributes)
+
     def _tensor(self, name: str) -> onnx.TensorProto:
         if name not in self._constants:
             raise BundleError(f"{self.path}: has no constant {name!r}")
@@ -122,23 +130,19 @@ class OnnxFile:
             raise BundleError(f"{self.path}: {constant.name}: unknown type {constant.data_type}") from error
 
     def _check_names(self) -> None:
-        """Every name is given once: as an input, a constant or an output of one operator."""
+        """Every name is given once, as an input, a constant or an output of one operator, and before it is read."""
         given = [*self.inputs, *(constant.name for constant in self.model.graph.initializer)]
         given += [output for node in self.nodes for output in node.outputs if output]
         if len(given) != len(set(given)):
             twice = next(name for name in given if given.count(name) > 1)
             raise BundleError(f"{self.path}: {twice}: given more than once")
+        known = {*self.inputs, *self._constants, ""}
+        for node in self.nodes:
+            unmade = next((name for name in node.inputs if name not in known), None)
+            if unmade is not None:
+                raise BundleError(f"{self.path}: {node.name}: reads {unmade!r}, which nothing before it makes")
+            known.update(node.outputs)
         self._makers = {output: node for node in self.nodes for output in node.outputs if output}
-
-
-def _written(node: onnx.NodeProto) -> WrittenNode:
-    return WrittenNode(
-        node.name,
-        f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
-        tuple(node.input),
-        tuple(node.output),
-        {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute},
-    )
 
 
 def _shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:

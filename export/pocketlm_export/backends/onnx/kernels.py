@@ -78,12 +78,12 @@ def _groups(pieces: Iterator[_Piece], positions: int) -> Iterator[list[_Piece]]:
     group: list[_Piece] = []
     size = 0
     for piece in pieces:
-        bytes_ = 4 * positions * (piece.matrix.rows + piece.matrix.columns)
-        if group and size + bytes_ > EXPOSED_BYTES:
+        exposed = 4 * positions * (piece.matrix.rows + piece.matrix.columns)
+        if group and size + exposed > EXPOSED_BYTES:
             yield group
             group, size = [], 0
         group.append(piece)
-        size += bytes_
+        size += exposed
     if group:
         yield group
 

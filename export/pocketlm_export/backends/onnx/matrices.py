@@ -60,8 +60,8 @@ def quantized_matrices(file: OnnxFile) -> Iterator[tuple[WrittenNode, QuantizedM
             raise UnsupportedError(f"{file.path}: {node.name}: has zero points, but all schemes are symmetric")
         try:
             yield node, _matrix(file, node)
-        except KeyError as error:
-            raise BundleError(f"{file.path}: {node.name}: has no attribute {error}") from error
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{file.path}: {node.name}: can't be read as a product or a gather: {error!r}") from error
 
 
 def _matrix(file: OnnxFile, node: WrittenNode) -> QuantizedMatrix:

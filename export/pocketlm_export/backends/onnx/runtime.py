@@ -173,7 +173,8 @@ def _cut(file: OnnxFile) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         if node is None:
             raise CheckError(f"{file.path}: logits come from {value!r}, not from {HIDDEN_STATES} alone")
         behind.update(node.outputs)
-        wanted += [name for name in node.inputs if name and name != HIDDEN_STATES and name not in file.constants]
+        given = {"", HIDDEN_STATES, *file.constants, *behind}
+        wanted += [name for name in node.inputs if name not in given]
     body, tail = _with_float_activations(file.model), _with_float_activations(file.model)
     for model, is_tail in ((body, False), (tail, True)):
         graph = model.graph
