@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pocketlm.certificate import Evidence
+from pocketlm.errors import InputError
 from pocketlm.manifest import Manifest
 from pocketlm.tokenizer import Tokenizer
 from pocketlm_export.backends.reading import Call, Past, Run
@@ -106,6 +107,8 @@ def _tokens(tokenizer: Tokenizer, text: str, count: int) -> tuple[int, ...]:
     """``count`` tokens of a text, which begins anew where it is too short."""
     ids = tokenizer.encode(text, add_special_tokens=True)
     more = tokenizer.encode(text, add_special_tokens=False)
+    if not more:
+        raise InputError("the tokenizer makes no token of a page of text: there is nothing to verify on")
     while len(ids) < count:
         ids = [*ids, *more]
     return tuple(ids[:count])

@@ -96,7 +96,7 @@ def measure(
     elements = sum(math.prod(weight.shape) for weight in graph.weights().values())
     runs = choose_runs(graph, bundle.manifest, bundle.tokenizer, elements)
     artifacts = [_Artifact(bundle, target) for target in targets]
-    weights = subject.weights or _weights_of_an_artifact(bundle, artifacts)
+    weights = subject.weights or _weights_of_an_artifact(subject, artifacts)
     for artifact in artifacts:
         stage(f"run {artifact.target}", 0)
         artifact.run_shipped(runs)
@@ -219,16 +219,20 @@ def _chosen(bundle: Bundle, targets: Sequence[str] | None) -> list[str]:
     return present if targets is None else list(dict.fromkeys(targets))
 
 
-def _weights_of_an_artifact(bundle: Bundle, artifacts: Sequence[_Artifact]) -> WeightSource:
-    """The weights as one of the artifacts holds them, one with exact values if there is one."""
-    readable = sorted(
-        (artifact for artifact in artifacts if artifact.reader is not None),
-        key=lambda artifact: artifact.reader is not None and artifact.reader.stored.value is not np.float32,
-    )
-    if not readable or readable[0].reader is None:
+def _weights_of_an_artifact(subject: Subject, artifacts: Sequence[_Artifact]) -> WeightSource:
+    """The weights as one of the artifacts holds them: of those with exact values the first that the manifest knows."""
+    readers = {artifact.target: artifact.reader for artifact in artifacts if artifact.reader is not None}
+    if not readers:
         refusals = "; ".join(str(artifact.refusal) for artifact in artifacts)
-        raise BundleError(f"{bundle.folder}: no artifact can be read: {refusals}")
-    return ArtifactWeights(bundle, readable[0].target, readable[0].reader)
+        raise BundleError(f"{subject.bundle.folder}: no artifact can be read: {refusals}")
+    order = sorted(readers, key=lambda target: readers[target].stored.value is not np.float32)
+
+    def is_sound(target: str) -> bool:
+        checks, _ = check_structure(target, readers[target], subject.graph, subject.bundle.manifest, None)
+        return all(check.passed for check in checks)
+
+    chosen = next(filter(is_sound, order), order[0])
+    return ArtifactWeights(subject.bundle, chosen, readers[chosen])
 
 
 def _exact(artifacts: Sequence[_Artifact]) -> bool:
