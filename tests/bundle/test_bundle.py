@@ -88,9 +88,9 @@ def test_a_manifest_that_is_no_object_is_refused(content, bundle):
 
 
 MANIFEST_CHANGES = {
-    "future-major": (lambda m: m.update(format_version="2.0"), r"format version '2\.0'.*1\.x"),
-    "version-type": (lambda m: m.update(format_version=1), "format version 1"),
-    "no-version": (lambda m: m.pop("format_version"), "format version None"),
+    "future-major": (lambda m: m.update(format_version="2.0"), r"'format_version' is '2\.0'.*1\.x"),
+    "version-type": (lambda m: m.update(format_version=1), "'format_version' is 1"),
+    "no-version": (lambda m: m.pop("format_version"), "'format_version' is None"),
     "unknown-key": (lambda m: m.update(extra=1), "'extra'"),
     "unknown-nested-key": (lambda m: m["model"].update(extra=1), r"'model\.extra'"),
     "missing-key": (lambda m: m.pop("weights"), "'weights'"),

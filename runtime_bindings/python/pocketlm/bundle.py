@@ -24,6 +24,7 @@ __all__ = ["RUNTIMES", "Bundle", "open_bundle"]
 
 RUNTIMES: Mapping[str, str] = {"executorch": "executorch", "onnx": "onnxruntime", "coreml": "coremltools"}
 LARGEST_MANIFEST = 64 << 20
+LONGEST_PATH = 1024
 
 
 class Runtime(Protocol):
@@ -46,13 +47,13 @@ class Bundle:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, its files checked."""
-        self.check_files("tokenizer/")
+        self._check_text_files()
         return Tokenizer.open(self.folder / "tokenizer")
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
         """The chat template; None for a base model that has none."""
-        self.check_files("tokenizer/")
+        self._check_text_files()
         return ChatTemplate.open(self.folder / "tokenizer")
 
     @property
@@ -98,6 +99,14 @@ class Bundle:
             raise UnavailableError(f"no runtime for this bundle is installed; install one of {extras}")
         return found[0]
 
+    def _check_text_files(self) -> None:
+        """The tokenizer's folder, whose files are found by their names: one that is not hashed may not be found."""
+        self.check_files("tokenizer/")
+        for path in sorted((self.folder / "tokenizer").rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if path.suffix in (".json", ".jinja") and name not in self.manifest.files:
+                raise BundleError(f"{path}: not in the manifest: added later; remove it")
+
     def check_files(self, prefix: str = "") -> None:
         """Hash the files under ``prefix`` and compare; a file that was hashed and has not changed is not hashed again.
 
@@ -138,7 +147,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     version = content.get("format_version")
     if not isinstance(version, str) or version.split(".")[0] != str(FORMAT_MAJOR):
         raise BundleError(
-            f"{source}: format version {version!r}; this PocketLM reads {FORMAT_MAJOR}.x: use a matching release"
+            f"{source}: 'format_version' is {version!r:.20}; this PocketLM reads {FORMAT_MAJOR}.x: use a matching release"
         )
     try:
         manifest = Manifest.model_validate(content)
@@ -148,6 +157,8 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{source}: '{place}': {first['msg']}") from error
     _check_paths(source, [*manifest.files, *(target.path for target in manifest.targets.values())])
     for name, target in manifest.targets.items():
+        if not target.path.startswith(f"{name}/"):
+            raise BundleError(f"{source}: 'targets.{name}.path': {target.path} is not below {name}/")
         if not any(file == target.path or file.startswith(f"{target.path}/") for file in manifest.files):
             raise BundleError(f"{source}: 'targets.{name}.path': {target.path} is not among the files")
     for name in manifest.files:
@@ -168,19 +179,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_paths(source: Path, names: Iterable[str]) -> None:
     for name in names:
-        parts = PurePosixPath(name).parts
+        parts = PurePosixPath(name).parts if len(name) <= LONGEST_PATH else ()
         if not parts or name.startswith("/") or "\\" in name or ".." in parts or str(PurePosixPath(name)) != name:
-            raise BundleError(f"{source}: {name!r} is not a path inside the bundle")
+            raise BundleError(f"{source}: {name[:200]!r} is not a path inside the bundle")
 
 
 def _regular(path: Path, folder: Path) -> os.stat_result:
     """The status of a regular file, no part of whose path below ``folder`` is a link."""
-    for part in [path, *path.parents]:
-        if part == folder:
-            break
-        if part.is_symlink():
-            raise BundleError(f"{part}: is a link; a bundle holds none")
     try:
+        for part in [path, *path.parents]:
+            if part == folder:
+                break
+            if part.is_symlink():
+                raise BundleError(f"{part}: is a link; a bundle holds none")
         status = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise BundleError(f"{path}: missing from the bundle") from error

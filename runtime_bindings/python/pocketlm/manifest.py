@@ -73,7 +73,7 @@ class Scheme(Closed):
     embedding: SchemeName
     head: SchemeName
     vectors: Literal["fp32"] = "fp32"
-    bits_per_weight: float
+    bits_per_weight: Annotated[float, Field(gt=0, le=32)]
 
 
 class Target(Closed):

@@ -5,6 +5,7 @@ ExecuTorch has one thread pool for the process. ``threads`` sets its size for ev
 
 import importlib.metadata
 import os
+import struct
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,6 +23,10 @@ from pocketlm.session import Session
 __all__ = ["ExecuTorchSession", "captured_log", "load_binding", "open_session"]
 
 SUPPORTED = "1.5"
+# executorch/runtime/executor/program.cpp and schema/extended_header.h: root offset, identifier, magic, header's length,
+# program's size, start of the segments.
+HEADER = struct.Struct("<I4s4sIQQ")
+FILE_IDENTIFIER, HEADER_MAGIC = b"ET12", b"eh00"
 KERNELS = ("extension/llm/custom_ops/libcustom_ops_aot_lib", "kernels/quantized/libquantized_ops_aot_lib")
 
 _sessions: "weakref.WeakSet[ExecuTorchSession]" = weakref.WeakSet()
@@ -59,10 +64,12 @@ class ExecuTorchSession(Session):
             longest_call=longest_call,
             rows=rows,
         )
+        _check_header(path)
         with captured_log() as last_line:
             try:
                 # Minimal: the file was hashed, and the binding has no other verification compiled in.
                 self._program = binding._load_program(str(path), program_verification=binding.Verification.Minimal)
+                _check_signature(path, self._program.method_meta("forward"), longest_call, rows, vocabulary_size)
                 self._forward = self._program.load_method("forward")
             except RuntimeError as error:
                 raise BundleError(f"{path}: ExecuTorch can't load it: {error} ({last_line()})") from error
@@ -82,6 +89,30 @@ class ExecuTorchSession(Session):
     def _close(self) -> None:
         self._forward = self._program = None
         _sessions.discard(self)
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what the runtime would read past its end, or not at all: it trusts the sizes of the extended header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(HEADER.size)
+    if len(start) < HEADER.size or start[4:8] != FILE_IDENTIFIER or start[8:12] != HEADER_MAGIC:
+        raise BundleError(
+            f"{path}: not a program of ExecuTorch {SUPPORTED} with an extended header: damaged, or an older exporter's"
+        )
+    program, segments = HEADER.unpack(start)[-2:]
+    if not HEADER.size <= program <= segments <= size:
+        raise BundleError(f"{path}: the header says {program} bytes of program, but the file has {size}: truncated")
+
+
+def _check_signature(path: Path, forward: Any, longest_call: int, rows: int, vocabulary_size: int) -> None:
+    inputs = [forward.input_tensor_meta(index).sizes() for index in range(forward.num_inputs())]
+    outputs = [forward.output_tensor_meta(index).sizes() for index in range(forward.num_outputs())]
+    expected = [(1, longest_call), (1,)], [(1, rows, vocabulary_size)]
+    if ([*map(tuple, inputs)], [*map(tuple, outputs)]) != expected:
+        raise BundleError(
+            f"{path}: another model's program: from {inputs} it makes {outputs}; the manifest says {expected}"
+        )
 
 
 def load_binding() -> Any:
