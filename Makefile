@@ -7,12 +7,15 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := build/demo.pocketlm
 SMOLLM2 := build/smollm2.pocketlm
+# Of `make fuzz`: each of the targets takes so long. Half an hour in all: make fuzz SECONDS=250
+SECONDS ?= 30
+FUZZED ?= config safetensors index manifest pte coreml template
 
 VERIFIED := build/verified
 # Biases and windows; outliers in the residual; sizes that nothing divides.
 ODD := qwen2-window llama-outliers llama-odd-widths
 
-.PHONY: demo demo-smollm2 docs-verification test test-all lint format clean
+.PHONY: demo demo-smollm2 docs-verification test test-all fuzz lint format clean
 
 demo: $(BIN)/.installed-all
 	$(BIN)/pocketlm export mobile_demo/model/checkpoint --output $(DEMO) --force
@@ -34,6 +37,12 @@ test: $(BIN)/.installed-dev
 
 test-all: $(BIN)/.installed-dev $(BIN)/.installed-smollm2
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+# Each reader of files meets mutated ones for SECONDS; what is found lies in build/fuzz, and belongs into tests/fuzz/corpus.
+fuzz: $(BIN)/.installed-fuzz
+	@for target in $(FUZZED); do \
+	  echo "fuzzing $$target for $(SECONDS) s"; $(BIN)/python -m tests.fuzz.fuzz $$target $(SECONDS) || exit 1; \
+	done
 
 lint: $(BIN)/.installed-dev
 	$(BIN)/ruff check .
