@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies
 
 from pocketlm.errors import BundleError, CheckError, PocketLMError, UnsupportedError
 from pocketlm_export.backends.reading import Call, NotRun, Past, Run, open_reader
@@ -222,6 +223,24 @@ def test_a_broken_model_is_refused_by_its_name(content, tiny_bundle, tmp_path):
     (folder / "head.onnx").write_bytes(content)
     with pytest.raises((BundleError, UnsupportedError), match=r"head\.onnx"):
         opened(bundle, folder)
+
+
+@given(data=strategies.data())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_model_with_changed_bytes_is_read_or_refused(data, tiny_bundle, tmp_path):
+    bundle = tiny_bundle("llama-odd-head-dim", "int4", "onnx")
+    folder = copied(bundle, tmp_path)
+    path = folder / data.draw(strategies.sampled_from(("model.onnx", "head.onnx")))
+    content = bytearray(path.read_bytes())
+    for index in data.draw(strategies.lists(strategies.integers(0, len(content) - 1), min_size=1, max_size=3)):
+        content[index] = data.draw(strategies.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        reader = opened(bundle, folder)
+        level_one(reader, bundle)
+        reader.execute(RUNS[:1])
+    except PocketLMError as error:
+        assert ".onnx" in str(error)
 
 
 def cap_scores(graph):

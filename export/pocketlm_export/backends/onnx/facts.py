@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from pocketlm.errors import BundleError, CheckError
 from pocketlm.manifest import Manifest
 from pocketlm_export.backends.onnx.file import MICROSOFT, OnnxFile, WrittenNode
@@ -35,7 +37,7 @@ def facts(decoder: OnnxFile, head: OnnxFile, manifest: Manifest) -> Iterator[Fac
     # The head repeats the last norm.
     yield from (Fact(f"norm {norms}", "epsilon", _epsilon(node)) for node in head.nodes if node.operator in NORMS)
     for file in (decoder, head):
-        yield Fact("program", "vocabulary_size", file.outputs.get("logits", (None,))[-1])
+        yield Fact("program", "vocabulary_size", file.last_size("logits"))
     yield Fact("program", "context_length", _context_length(decoder.path.with_name("genai_config.json")))
     for name in head.constants:
         check_same_place(decoder, head, name)
@@ -59,8 +61,8 @@ def _epsilon(node: WrittenNode) -> float:
 def _attention(file: OnnxFile, node: WrittenNode) -> Iterator[Fact]:
     stated = node.attributes
     name = f"attention {node.input(3).removeprefix('past_key_values.').removesuffix('.key')}"
-    width = file.inputs.get(node.input(3), (None,))[-1]
-    if not isinstance(width, int):
+    width = file.last_size(node.input(3))
+    if width is None or width < 1:
         raise BundleError(f"{file.path}: {node.name}: {node.input(3)!r} states no head size")
     yield Fact(name, "heads", stated.get("num_heads"))
     yield Fact(name, "kv_heads", stated.get("kv_num_heads"))
@@ -81,7 +83,12 @@ def _attention(file: OnnxFile, node: WrittenNode) -> Iterator[Fact]:
 def _padding(file: OnnxFile, node: WrittenNode) -> int:
     """How much of each cached head is filling: what the Pad before the values adds."""
     pad = next((maker for maker in _chain(file, node.input(2)) if maker.operator == "Pad"), None)
-    return 0 if pad is None else int(file.constant(pad.input(1))[-1])
+    if pad is None:
+        return 0
+    widths = file.constant(pad.input(1))
+    if widths.dtype != np.int64 or not widths.size:
+        raise BundleError(f"{file.path}: {pad.name}: {pad.input(1)!r} are no widths")
+    return int(widths.reshape(-1)[-1])
 
 
 def _rotations(file: OnnxFile, node: WrittenNode) -> list[tuple[str, str]]:

@@ -79,9 +79,12 @@ class OnnxFile:
         if constant.data_location != onnx.TensorProto.EXTERNAL:
             return None
         keys = {entry.key: entry.value for entry in constant.external_data}
-        location = keys.get("location", "")
-        file = self.path.with_name(location or "-")
-        if Path(location).name != location or file.is_symlink() or not file.is_file():
+        location = keys.get("location")
+        # protobuf gives bytes where a string is no UTF-8
+        if not isinstance(location, str) or not location or Path(location).name != location:
+            raise BundleError(f"{self.path}: {name}: {location!r} is no file beside the model")
+        file = self.path.with_name(location)
+        if file.is_symlink() or not file.is_file():
             raise BundleError(f"{self.path}: {name}: {location!r} is no file beside the model")
         try:
             offset, size = int(keys["offset"]), int(keys["length"])
@@ -106,6 +109,11 @@ class OnnxFile:
         except (TypeError, ValueError) as error:
             raise BundleError(f"{self.path}: {name}: {error}") from error
 
+    def last_size(self, value: str) -> int | None:
+        """The last axis of an input or an output of the graph; None if it has none, or no fixed one."""
+        shape = {**self.inputs, **self.outputs}.get(value)
+        return shape[-1] if shape and isinstance(shape[-1], int) else None
+
     def maker(self, value: str) -> WrittenNode | None:
         """The operator that makes ``value``; None for an input or a constant of the graph."""
         return self._makers.get(value)
@@ -115,6 +123,8 @@ class OnnxFile:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         except ValueError as error:
             raise BundleError(f"{self.path}: {node.name}: {error}") from error
+        if not node.output or None in attributes.values():
+            raise BundleError(f"{self.path}: {node.name}: has no output, or an attribute without a value")
         operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         return WrittenNode(node.name, operator, tuple(node.input), tuple(node.output), attributes)
 

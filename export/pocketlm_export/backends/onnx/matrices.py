@@ -66,11 +66,13 @@ def quantized_matrices(file: OnnxFile) -> Iterator[tuple[WrittenNode, QuantizedM
 
 def _matrix(file: OnnxFile, node: WrittenNode) -> QuantizedMatrix:
     bits, block = node.attributes["bits"], node.attributes["block_size"]
-    if bits not in (4, 8) or block < 16 or block & (block - 1):
+    if bits not in (4, 8) or not isinstance(block, int) or block < 16 or block & (block - 1):
         raise UnsupportedError(f"{file.path}: {node.name}: {bits} bits in blocks of {block} are not supported")
     if node.operator.endswith("MatMulNBits"):
         rows, columns = node.attributes["N"], node.attributes["K"]
         level = node.attributes.get("accuracy_level", 0)
+        if not all(isinstance(size, int) and size > 0 for size in (rows, columns)):
+            raise ValueError(f"[{rows}, {columns}]")
         return QuantizedMatrix(node.input(1), node.input(2), rows, columns, bits, block, level)
     rows, width = file.constant(node.input(0)).shape
     return QuantizedMatrix(

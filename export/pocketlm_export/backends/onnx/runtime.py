@@ -147,8 +147,8 @@ def _bind_caches(binding: onnxruntime.IOBinding, file: OnnxFile, run: Run, model
         past = None if run.past is None else run.past.layer(layer, model.kv_heads, model.head_dim)
         for index, part in enumerate(("key", "value")):
             name = f"past_key_values.{layer}.{part}"
-            width = file.inputs.get(name, (None,))[-1]
-            if not isinstance(width, int):
+            width = file.last_size(name)
+            if width is None or width < model.head_dim:
                 raise CheckError(f"{file.path}: has no cache {name}")
             # Zeros that were never touched take no memory.
             cache = np.zeros((1, model.kv_heads, model.context_length, width), np.float32)
