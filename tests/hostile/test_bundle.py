@@ -307,37 +307,6 @@ def test_a_truncated_artifact_that_the_manifest_vouches_for(file, length, bundle
     assert caught.value.exit_code == 2
 
 
-CERTIFICATES = {
-    **{case: content for case, (content, _) in DAMAGED_JSON.items()},
-    "empty-object": b"{}",
-    "future": b'{"format_version": "2.0"}',
-}
-
-
-@pytest.mark.parametrize("case", CERTIFICATES)
-def test_a_certificate_that_is_none(case, bundle):
-    (bundle / "certificate.json").unlink(missing_ok=True)
-    (bundle / "certificate.json").write_bytes(CERTIFICATES[case])
-    assert "certificate.json" in refused(bundle, "certificate.json")
-
-
-@pytest.mark.parametrize("kind", ("link", "pipe", "folder", "huge"))
-def test_a_certificate_that_is_no_file(kind, bundle, tmp_path):
-    path = bundle / "certificate.json"
-    path.unlink(missing_ok=True)
-    match kind:
-        case "link":
-            path.symlink_to(tmp_path / "nowhere")
-        case "pipe":
-            os.mkfifo(path)
-        case "folder":
-            path.mkdir()
-        case "huge":
-            path.touch()
-            os.truncate(path, 65 << 20)
-    refused(bundle, "certificate.json")
-
-
 @pytest.mark.parametrize("damage", ("manifest", "file", "certificate"))
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_before_a_runtime_is_imported(command, damage, bundle):

@@ -147,7 +147,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     version = content.get("format_version")
     if not isinstance(version, str) or version.split(".")[0] != str(FORMAT_MAJOR):
         raise BundleError(
-            f"{source}: 'format_version' is {version!r:.20}; this PocketLM reads {FORMAT_MAJOR}.x: use a matching release"
+            f"{source}: 'format_version' is {version!r:.20}; this release reads {FORMAT_MAJOR}.x: use a matching one"
         )
     try:
         manifest = Manifest.model_validate(content)
