@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pocketlm.errors import BundleError
+from pocketlm.errors import BundleError, UnsupportedError
 from pocketlm.manifest import Manifest
 from pocketlm.runtimes.coreml_interpreter import Interpreter
+from pocketlm_export.backends.coreml.reading.attention import MIXING
 from pocketlm_export.backends.coreml.reading.running import Runner
 from pocketlm_export.backends.coreml.reading.structure import Structure, read_structure
 from pocketlm_export.backends.coreml.reading.written import WrittenPackage
@@ -46,37 +47,16 @@ class CoreMLReader:
         self._exact = Interpreter(path, "float64", cache_bytes=0)
         self._package = WrittenPackage(path)
         self._check_interface()
+        self.stored = self._stored()
         self._runner = Runner(self._exact)
         self._structures: dict[str, Structure] = {}
 
-    @property
-    def stored(self) -> StoredConstants:
-        """fp16 tables, vectors and scales, and fp16 roots of epsilons.
-
-        Raises :class:`BundleError` where the functions' structure can't be read or its attentions have several forms.
-        """
-        attentions = [a for structure in self._read_structures().values() for a in structure.attentions]
-        forms = {(attention.fused, attention.head_dim) for attention in attentions}
-        if len(forms) != 1:
-            raise BundleError(f"{self._package.file}: attentions of several forms: {sorted(forms)}")
-        ((fused, head_dim),) = forms
-        own = head_dim**0.5 if fused else 1.0  # the fused operator's own factor lies outside the stored scale
-        return StoredConstants(
-            table=np.float16,
-            value=np.float16,
-            epsilon=lambda epsilon: float(np.float16(np.sqrt(epsilon))) ** 2,
-            scale=lambda scale: float(np.float16(scale * own)) / own,
-        )
-
     def rows(self, entry: str, start: int, stop: int) -> WrittenMatrix | Floats:
         """Rows ``start..stop``. Raises :class:`BundleError` for an entry that isn't there or is shorter."""
-        quantized = entry in self._package.quantized
-        if not quantized and entry not in self._package.names:
-            raise BundleError(f"{self._package.file}: {entry}: no such constant")
-        if not 0 <= start <= stop <= self._package.row_count(entry):
-            count = self._package.row_count(entry)
+        count = self._package.row_count(entry)
+        if not 0 <= start <= stop <= count:
             raise BundleError(f"{self._package.file}: {entry}: rows {start} to {stop} of {count}")
-        if quantized:
+        if entry in self._package.quantized:
             return self._package.matrix(entry, start, stop)
         return self._package.constant(entry, start, stop).astype(np.float32)
 
@@ -110,6 +90,20 @@ class CoreMLReader:
     def state_bytes(self, run: Run) -> int:
         """What the state of ``run`` takes in :meth:`execute`; :meth:`emulate` takes half."""
         return self._runner.state_bytes(run)
+
+    def _stored(self) -> StoredConstants:
+        """fp16 tables, vectors and scales, and fp16 roots of epsilons."""
+        kinds = {operator.kind for name in self._package.functions for operator in self._package.operators(name)}
+        if kinds >= set(MIXING):
+            raise UnsupportedError(f"{self._package.file}: attentions in both forms; supported: one of {MIXING}")
+        # The fused operator divides by the root of the width, so what is stored is the scale beside that.
+        own = (self._exact.states["k_cache"].shape[3] or 1) ** 0.5 if MIXING[1] in kinds else 1.0
+        return StoredConstants(
+            table=np.float16,
+            value=np.float16,
+            epsilon=lambda epsilon: float(np.float16(np.sqrt(epsilon))) ** 2,
+            scale=lambda scale: float(np.float16(scale * own)) / own,
+        )
 
     def _read_structures(self) -> dict[str, Structure]:
         if not self._structures:

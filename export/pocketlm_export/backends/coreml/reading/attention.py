@@ -11,7 +11,10 @@ from pocketlm_export.backends.coreml.reading.positions import Positions
 from pocketlm_export.backends.coreml.reading.walk import Walk
 from pocketlm_export.backends.coreml.reading.written import WrittenOperator
 
-__all__ = ["WrittenAttention", "attention_of", "softmaxes"]
+__all__ = ["MIXING", "WrittenAttention", "attention_of", "mixings"]
+
+MIXING = ("softmax", "scaled_dot_product_attention")
+"""The two forms of an attention by the operator that stands for it: explicit, and fused."""
 
 MASKED = -30000.0
 WHOLE_AXES = [False, True, False, True]
@@ -48,14 +51,14 @@ class _Parts:
     softcap: float | None
 
 
-def softmaxes(walk: Walk) -> Iterator[WrittenOperator]:
+def mixings(walk: Walk) -> Iterator[WrittenOperator]:
     """What stands for each attention, in the order of execution."""
-    return (o for o in walk.operators if o.kind in ("softmax", "scaled_dot_product_attention"))
+    return (operator for operator in walk.operators if operator.kind in MIXING)
 
 
 def attention_of(walk: Walk, positions: Positions, layer: int, mixing: WrittenOperator) -> WrittenAttention:
     """The ``layer``-th attention. Raises :class:`pocketlm.BundleError` naming the value that has another form."""
-    fused = mixing.kind == "scaled_dot_product_attention"
+    fused = mixing.kind == MIXING[1]
     parts = _fused(mixing) if fused else _explicit(walk, mixing)
     grouped = walk.maker(parts.query, "reshape")
     query, scale = _scaled(walk, grouped.inputs["x"][0])

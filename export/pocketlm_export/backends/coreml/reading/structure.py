@@ -7,7 +7,7 @@ name: what isn't understood is not read.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pocketlm_export.backends.coreml.reading.attention import WrittenAttention, attention_of, softmaxes
+from pocketlm_export.backends.coreml.reading.attention import WrittenAttention, attention_of, mixings
 from pocketlm_export.backends.coreml.reading.positions import Positions, read_positions
 from pocketlm_export.backends.coreml.reading.walk import Walk
 from pocketlm_export.backends.coreml.reading.written import WrittenOperator, WrittenPackage
@@ -34,7 +34,7 @@ def read_structure(package: WrittenPackage, function: str) -> Structure:
     return Structure(
         positions,
         tuple(_norms(walk)),
-        tuple(attention_of(walk, positions, layer, mixing) for layer, mixing in enumerate(softmaxes(walk))),
+        tuple(attention_of(walk, positions, layer, mixing) for layer, mixing in enumerate(mixings(walk))),
         _vocabulary_size(walk),
     )
 

@@ -84,7 +84,9 @@ class WrittenPackage:
         return WrittenMatrix(name, bits, self._rows(data, name, start, stop), wide)
 
     def row_count(self, name: str) -> int:
-        """The first axis of a constant or a quantized matrix."""
+        """The first axis of a constant or a quantized matrix. Raises :class:`BundleError` if there is none."""
+        if name not in self._quantized and name not in self._values:
+            raise BundleError(f"{self.file}: {name}: no such constant")
         shape = _shape(self._quantized[name][0] if name in self._quantized else self._values[name])
         return shape[0] if shape else 1
 

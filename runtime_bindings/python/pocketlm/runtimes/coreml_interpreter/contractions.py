@@ -99,7 +99,8 @@ def topk(
 
 
 def softmax(x: Array, axis: Array | int = -1) -> Array:
-    exponentials = np.exp(x - np.max(x, axis=int(axis), keepdims=True))
+    exponentials = x - np.max(x, axis=int(axis), keepdims=True)
+    np.exp(exponentials, out=exponentials)
     exponentials /= np.sum(exponentials, axis=int(axis), keepdims=True)
     return np.asarray(exponentials)
 

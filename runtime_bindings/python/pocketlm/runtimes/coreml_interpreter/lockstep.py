@@ -1,10 +1,10 @@
 """Several calls together, so that each stored weight is decoded once for all of them.
 
 Each call runs up to its next product with a stored weight and waits. The weight that the first unfinished call waits
-for is multiplied with the rows of every call that waits for it, block by block, and these calls go on, in their order.
+for is multiplied with the rows of the calls that wait for it, block by block, and these calls go on, in their order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,24 @@ def run_together(calls: Sequence[Call]) -> list[dict[str, Array]]:
         for number in range(len(calls)):
             proceed(number, None)
         while waiting:
-            identity = waiting[min(waiting)].identity
-            together = sorted(number for number, product in waiting.items() if product.identity == identity)
+            together = _next_group(calls, waiting)
             products = [waiting.pop(number) for number in together]
             found = answers(products, stacked=calls[together[0]].settings.precision.name == "float64")
             del products
             for number in together:
                 proceed(number, found.pop(0))
     return results
+
+
+def _next_group(calls: Sequence[Call], waiting: Mapping[int, Product]) -> list[int]:
+    """Those that wait for the weight of the first, but none that would go ahead of a call before it on its state."""
+    identity = waiting[min(waiting)].identity
+    together: list[int] = []
+    held_up: set[int] = set()
+    for number in sorted(waiting):
+        state = id(calls[number].state)
+        if waiting[number].identity == identity and state not in held_up:
+            together.append(number)
+        else:
+            held_up.add(state)
+    return together
