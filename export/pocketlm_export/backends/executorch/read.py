@@ -41,7 +41,10 @@ def open_reader(path: Path, manifest: Manifest) -> "ExecuTorchReader":  # noqa: 
 
 
 class ExecuTorchReader:
-    """A :class:`pocketlm_export.backends.reading.Reader` of ``file``."""
+    """A :class:`pocketlm_export.backends.reading.Reader` of ``file``.
+
+    Above ``whole_limit`` weights of linears the real runtime gets one delegate at a time at level 3.
+    """
 
     stored = StoredConstants(
         table=np.float32,
@@ -51,14 +54,14 @@ class ExecuTorchReader:
     )
     unstated: frozenset[str] = frozenset()
 
-    def __init__(self, file: PteFile) -> None:
+    def __init__(self, file: PteFile, whole_limit: int = WHOLE_LIMIT) -> None:
         self.file = file
         check_kernels(file)
         for index, payload in enumerate(file.delegates):
             check_nodes(payload, f"{file.path}: delegate {index}")
         attention_steps(file)
         planned = check_memory_plan(file)
-        self._whole = _linear_weights(file) <= WHOLE_LIMIT
+        self._whole = _linear_weights(file) <= whole_limit
         self._quantized = any(payload.is_quantized(node) for payload in file.delegates for node in payload.nodes)
         self._observed: tuple[Run, list[DelegateCall]] | None = None
         self.round_activations = round_rows if self._quantized else None

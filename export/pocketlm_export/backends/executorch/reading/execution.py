@@ -4,6 +4,7 @@ Valid because the tokens are given: a call needs in each layer what the layer be
 caches that earlier calls of its run wrote. Each weight is unpacked once, by blocks of rows.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from pocketlm_export.backends.executorch.reading.pte import DelegateStep, Kernel
 from pocketlm_export.backends.reading import Call, Run, Trace
 
 __all__ = ["DelegateCall", "attention_steps", "execute"]
+
+LARGEST_CACHE = 1 << 30  # elements
 
 Array = npt.NDArray[Any]
 
@@ -66,6 +69,7 @@ def execute(
     for step, unneeded in zip(file.steps, last_uses, strict=True):
         if isinstance(step, DelegateStep):
             delegate_calls += _run_delegate(file, step, calls)
+            file.release()
         elif step.operator == UPDATE_CACHE:
             value, cache, position = step.arguments
             for call in calls:
@@ -106,7 +110,12 @@ def attention_steps(file: PteFile) -> list[KernelStep]:
                 raise BundleError(f"{file.path}: caches {file.shape(keys)} and {file.shape(values)} of one layer")
             _, _, heads, head_dim = file.shape(query)
             _, _, kv_heads, cached_dim = file.shape(keys)
-            if kv_heads == 0 or heads % kv_heads or head_dim != cached_dim:
+            if (
+                kv_heads == 0
+                or heads % kv_heads
+                or head_dim != cached_dim
+                or math.prod(file.shape(keys)) > LARGEST_CACHE
+            ):
                 raise BundleError(f"{file.path}: queries {file.shape(query)} over caches {file.shape(keys)}")
             attentions.append(step)
     caches = [cache for step in attentions for cache in step.arguments[1:3]]
@@ -199,7 +208,7 @@ def _run_delegate(file: PteFile, step: DelegateStep, calls: Sequence[_CallState]
         insides.append(dict(zip(payload.inputs, inputs, strict=True)))
     arguments = [[inside[number] for number in payload.inputs] if call.observed else []
                  for inside, call in zip(insides, calls, strict=True)]  # fmt: skip
-    _run_nodes(file, payload, insides)
+    _run_nodes(file, payload, insides, f"{file.path}: delegate {step.index}")
     for call, inside, inputs in zip(calls, insides, arguments, strict=True):
         outputs = tuple(inside[number] for number in payload.outputs)
         call.values.update(zip(step.outputs, outputs, strict=True))
@@ -209,7 +218,7 @@ def _run_delegate(file: PteFile, step: DelegateStep, calls: Sequence[_CallState]
     return observed
 
 
-def _run_nodes(file: PteFile, payload: Payload, insides: Sequence[dict[int, Array]]) -> None:
+def _run_nodes(file: PteFile, payload: Payload, insides: Sequence[dict[int, Array]], where: str) -> None:
     """Run a payload's nodes one by one, each in all calls; what no later node reads is dropped."""
     kept = set(payload.outputs)
     last = {number: node for node in payload.nodes for number in node.inputs}
@@ -220,7 +229,7 @@ def _run_nodes(file: PteFile, payload: Payload, insides: Sequence[dict[int, Arra
             for inside in insides:
                 inputs = [inside[number] for number in node.inputs]
                 # int8 is how the runtime carries activations, not what they mean
-                inside[node.output] = inputs[0] if node.kind == "Convert" else compute(node, *inputs)
+                inside[node.output] = inputs[0] if node.kind == "Convert" else compute(node, inputs, where)
         for number in node.inputs:
             if last[number] is node and number not in kept:
                 for inside in insides:

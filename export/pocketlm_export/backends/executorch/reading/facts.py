@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pocketlm_export.backends.executorch.importing import schema
 from pocketlm_export.backends.executorch.reading.execution import attention_steps
+from pocketlm_export.backends.executorch.reading.kernels import UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.matrices import filter_matrix
 from pocketlm_export.backends.executorch.reading.payload import Payload, PayloadNode
 from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
@@ -41,7 +42,9 @@ def rotary_constants(file: PteFile, value: int) -> tuple[int, int, int] | None:
 
     A rotation is ``x * cosine + turned(x) * sine``, where ``turned`` puts the second half of the pairs first.
     """
-    step = next(s for s in file.steps if isinstance(s, DelegateStep) and value in s.outputs)
+    step = next((step for step in file.steps if isinstance(step, DelegateStep) and value in step.outputs), None)
+    if step is None:
+        return None
     payload = file.delegates[step.index]
     total = payload.producers.get(payload.outputs[step.outputs.index(value)])
     if total is None or total.kind != "Add":
@@ -84,16 +87,18 @@ def _attention_facts(file: PteFile, layer: int, step: KernelStep) -> Iterator[Fa
 
 def _rotation(file: PteFile, query: int, keys: int) -> tuple[Table | str | None, Table | str | None]:
     """Cosines and sines ``[context, pairs]`` that turn the queries; the keys must be turned by the very same."""
-    rows = next(s.arguments[0] for s in file.steps if isinstance(s, KernelStep) and s.arguments[1:2] == (keys,))
+    updates = [step for step in file.steps if isinstance(step, KernelStep) and step.operator == UPDATE_CACHE]
+    rows = next(step.arguments[0] for step in updates if step.arguments[1] == keys)
     found = rotary_constants(file, query)
     if found != rotary_constants(file, rows):
         return ("queries and keys are rotated by different tables",) * 2
     if found is None:
         return None, None
     *indices, pairs = found
-    (first, second, ones), (low, high, zeros) = (
-        np.split(file.constant(index)[..., 0, :], [pairs, 2 * pairs], axis=-1) for index in indices
-    )
+    tables = [file.constant(index) if index else np.empty(0) for index in indices]
+    if any(table.ndim != 3 or table.shape[1] != 1 for table in tables):
+        return ("not rows of a table [context, 1, head_dim]",) * 2
+    (first, second, ones), (low, high, zeros) = (np.split(table[:, 0], [pairs, 2 * pairs], axis=-1) for table in tables)
     cosines = first if np.array_equal(first, second) and (ones == 1).all() else "a table whose halves differ"
     sines = high if np.array_equal(-low, high) and (zeros == 0).all() else "a table whose halves are not opposite"
     return cosines, sines
@@ -104,7 +109,8 @@ def _window(file: PteFile, mask: int, context: int) -> int | str | None:
     0 for distances below the window, minus infinity elsewhere."""
     if isinstance(file.forward.values[mask].val, schema.Null):
         return None
-    table = file.constant(_sliced_constant(file, mask))
+    index = _sliced_constant(file, mask)
+    table = file.constant(index) if index else np.empty(0)
     if table.ndim != 2 or table.shape[1] != 2 * context:
         return f"a mask table {list(table.shape)}"
     window = int((table[0] == 0).sum())

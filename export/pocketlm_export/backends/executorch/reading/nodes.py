@@ -1,7 +1,7 @@
 """What XNNPACK's nodes mean, in float64: one table from kind to function. FullyConnected and Convert stand apart: the
 first works on all calls at once (:mod:`execution`), the second only rounds activations, which float64 never does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,13 @@ def check_nodes(payload: Payload, where: str) -> None:
             raise UnsupportedError(f"{where}: node {node.kind}; PocketLM writes {', '.join(sorted(NODES))}")
 
 
-def compute(node: PayloadNode, *inputs: Array) -> Array:
-    """The output of a node of :data:`NODES`. Raises :class:`BundleError` where shapes don't fit."""
+def compute(node: PayloadNode, inputs: Sequence[Array], where: str) -> Array:
+    """The output of a node of :data:`NODES`. Raises :class:`BundleError` after ``where`` if shapes don't fit."""
     try:
         return NODES[node.kind](node.attributes, *inputs)
-    except ValueError as error:  # numpy's: shapes that don't broadcast, reshape or concatenate
+    except (ValueError, MemoryError) as error:  # shapes that don't broadcast, reshape or concatenate, or do to excess
         shapes = ", ".join(str(list(array.shape)) for array in inputs)
-        raise BundleError(f"{node.kind} of {shapes}: {error}") from error
+        raise BundleError(f"{where}: {node.kind} of {shapes}: {error}") from error
 
 
 def _reshape(attributes: Mapping[str, Any], x: Array) -> Array:

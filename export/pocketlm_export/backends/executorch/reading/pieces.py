@@ -37,6 +37,7 @@ def check_delegates_in_float32(file: PteFile, calls: Sequence[DelegateCall]) -> 
                 for got, expected in zip(program.call(*call.inputs), call.outputs, strict=True):
                     errors.append(_row_errors(got, expected))
         pieces[name] = np.concatenate(errors)
+        file.release()
     return _summary(pieces)
 
 
@@ -61,6 +62,7 @@ def check_quantized_linears(file: PteFile, calls: Sequence[DelegateCall]) -> Row
         del program
         for node in linears:
             pieces[f"{name}, value {node.output}"] = _linear_errors(file, payload, node, had)
+        file.release()
     return _summary(pieces)
 
 

@@ -6,7 +6,7 @@ The program's flatbuffer is schema/program.fbs, the header in front of it runtim
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,11 @@ DTYPES: dict[ScalarType, np.dtype[Any]] = {
 }
 HEADER = struct.Struct("<4sIQQQ")  # magic, its own length, bytes of header and program, first segment, all segments
 HEADER_START = 8
+OPTIONAL = {
+    "allocation_info", "backend_delegate_data", "compile_specs", "constant_buffer", "extra_tensor_info",
+    "fully_qualified_name", "mutable_data_segments", "named_data", "non_const_buffer_device", "stacktrace", "storage",
+    "data", "value",
+}  # fmt: skip
 LARGEST_PROGRAM = 64 << 20
 LARGEST_TENSOR = 1 << 40
 MEMORIES = 3  # memory ids 0..2: the schema's own, activations, caches
@@ -72,7 +77,8 @@ class PteFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._bytes = _mapped(path)
+        self._map = _mapped(path)
+        self._bytes = np.frombuffer(self._map, np.uint8)
         program_size, self._base = self._header()
         self.program: schema.Program = self._parse(self._bytes[:program_size].tobytes())
         self._check_segments()
@@ -83,6 +89,11 @@ class PteFile:
         self.forward: schema.ExecutionPlan = plans["forward"]
         self._constant_plans = {name: plan for name, plan in plans.items() if name != "forward"}
         self._check_values()
+
+    def release(self) -> None:
+        """Let the kernel drop the mapped pages: resident memory counts them."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     # The pieces of the file
 
@@ -240,11 +251,15 @@ class PteFile:
     def _parse(self, content: bytes) -> schema.Program:
         try:  # first in a bounded process: offsets that share a target can make a small file enormous
             to_json(program_schema_sources(), content)
-            return flatbuffer_to_program(content)
+            program = flatbuffer_to_program(content)
         except FlatcError as error:
             raise self._broken(f"malformed program: {error}") from error
         except Exception as error:  # the vendor's parser checks nothing: any error can come out of it
             raise self._broken(f"malformed program: {type(error).__name__}") from error
+        absent = _absent_field(program)
+        if absent is not None:
+            raise self._broken(f"malformed program: no {absent}")
+        return program
 
     def _check_segments(self) -> None:
         program = self.program
@@ -323,9 +338,22 @@ class PteFile:
                 )
 
 
-def _mapped(path: Path) -> npt.NDArray[np.uint8]:
+def _absent_field(table: Any) -> str | None:
+    """The name of a field that a table of the program lacks and that none may lack; None if it is complete."""
+    for item in fields(table):
+        value = getattr(table, item.name)
+        if value is None and item.name not in OPTIONAL:
+            return f"{item.name} in {type(table).__name__}"
+        for part in value if isinstance(value, list) else [value]:
+            absent = _absent_field(part) if is_dataclass(part) else None
+            if absent is not None:
+                return absent
+    return None
+
+
+def _mapped(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file can't be mapped
         raise BundleError(f"{path}: can't be read: {error}") from error

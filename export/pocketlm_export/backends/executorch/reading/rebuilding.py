@@ -123,7 +123,9 @@ def delegate_program(file: PteFile, table: dict[str, Any], filters: dict[str, Se
         constant_segment=schema.SubsegmentOffsets(segment_index=0, offsets=[0]),
         named_data=[schema.NamedData(key, 2 + index) for index, key in enumerate(needed)],
     )  # fmt: skip
-    return program_bytes(program, np.zeros(CONSTANT_ALIGNMENT, np.uint8), [_whole(payload_bytes(table)), *needed.values()])
+    return program_bytes(
+        program, np.zeros(CONSTANT_ALIGNMENT, np.uint8), [_whole(payload_bytes(table)), *needed.values()]
+    )
 
 
 def with_float32_filters(file: PteFile, payload: Payload, prefix: str) -> _Float32Payload:
