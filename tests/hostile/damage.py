@@ -117,6 +117,16 @@ def vocabulary(**ids: int) -> Callable[[Path], object]:
     return damage
 
 
+def post_processor(value: Any) -> Callable[[Path], object]:
+    """With another post-processor of the tokenizer."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": value}))
+
+    return damage
+
+
 def poke(name: str, place: tuple[int, ...], value: float) -> Callable[[dict[str, np.ndarray]], None]:
     def change(values: dict[str, np.ndarray]) -> None:
         values[name][place] = value

@@ -25,6 +25,7 @@ from tests.hostile.damage import (
     header,
     index,
     poke,
+    post_processor,
     replaced,
     tensors,
     text,
@@ -160,6 +161,19 @@ FILES = [
     Bad("tokenizer-empty-object", text("tokenizer.json", "{}"), "not a tokenizer", file="tokenizer.json"),
     Bad("tokenizer-not-utf8", text("tokenizer.json", b"\xff\xfe"), "tokenizer", file="tokenizer.json"),
     Bad("tokenizer-beyond-rows", add_token, "<\\|late\\|>.*beyond the 300 rows.*--accept", file="tokenizer.json"),
+    Bad(
+        "tokenizer-undefined-token",
+        post_processor(
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "?", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+                "special_tokens": {},
+            }
+        ),
+        "the tokenizers library fails with it",
+        file="tokenizer.json",
+    ),
     Bad("token-beyond-memory", vocabulary(late=(1 << 32) - 1), "'late'.*beyond the 300 rows", file="tokenizer.json"),
     Bad("tokenizer-is-a-pipe", replaced("tokenizer.json", os.mkfifo), "not a regular file", "tokenizer.json"),
     Bad(

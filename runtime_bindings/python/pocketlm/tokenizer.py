@@ -1,7 +1,8 @@
 """Text to token ids and back, over the folder of a bundle that holds the tokenizer."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -39,7 +40,11 @@ class Tokenizer:
         """
         path = Path(folder) / "tokenizer.json"
         try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            with _panics_reported(str(path)):
+                backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+                backend.encode("a", add_special_tokens=True)
+        except BundleError:
+            raise
         except OSError as error:
             raise BundleError(f"{path}: can't be read ({error.strerror})") from error
         except Exception as error:  # the library raises bare Exceptions
@@ -53,11 +58,13 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode at character {error.start}: a lone surrogate") from error
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        with _panics_reported("tokenizer.json"):
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; ids without a token have none, bytes that are no UTF-8 become U+FFFD."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        with _panics_reported("tokenizer.json"):
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     @cached_property
     def vocabulary_size(self) -> int:
@@ -91,6 +98,17 @@ class Tokenizer:
             return frozenset()
         names = [f"<0x{byte:02{case}}>" for byte in range(256) for case in "Xx"]
         return frozenset(token_id for name in names if (token_id := self.token_id(name)) is not None)
+
+
+@contextmanager
+def _panics_reported(source: str) -> Iterator[None]:
+    """Turn a panic of the library's Rust code, which is not an Exception, into a :class:`BundleError`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{source}: the tokenizers library fails with it: {error}") from error
 
 
 def read_tokenizer_config(folder: str | Path) -> dict[str, object]:
