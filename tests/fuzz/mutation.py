@@ -90,6 +90,19 @@ def mutate_coreml(data: bytes, source: random.Random) -> bytes | None:
     return data[:start] + model.SerializeToString()
 
 
+def mutate_words(data: bytes, source: random.Random) -> bytes | None:
+    """Other offsets, counts and ids of a flatbuffer, which are aligned words: nothing moves."""
+    changed = bytearray(data)
+    if len(changed) < 8:
+        return None
+    for _ in range(source.randint(1, 4)):
+        place = source.randrange(len(changed) // 4) * 4
+        near = int.from_bytes(changed[place : place + 4], "little") + source.choice((-8, -4, -1, 1, 4, 8))
+        number = source.choice((near, near, source.choice(NUMBERS), source.randrange(1 << 16)))
+        changed[place : place + 4] = (number & 0xFFFFFFFF).to_bytes(4, "little")
+    return bytes(changed)
+
+
 def _change_message(root: Message, source: random.Random) -> None:
     fields = _fields(root)
     if not fields:
@@ -152,4 +165,6 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
     "manifest": mutate_json,
     "safetensors": mutate_safetensors,
     "coreml": mutate_coreml,
+    "pte": mutate_words,
+    "tokenizer": mutate_json,
 }

@@ -12,6 +12,7 @@ from pocketlm.manifest import Manifest
 from pocketlm.runtimes.coreml_interpreter import Interpreter
 from pocketlm.runtimes.coreml_interpreter.package import ELEMENT_TYPES
 from pocketlm.template import ChatTemplate
+from pocketlm.tokenizer import Tokenizer
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.checkpoint.tensors import FLOAT_TYPES, TensorFile, open_shards
 from tests.fuzz.places import (
@@ -95,6 +96,14 @@ def _pte(data: bytes, place: Path) -> None:
     list(open_reader(path, Manifest.model_validate(sound_manifest())).facts())
 
 
+def _tokenizer(data: bytes, place: Path) -> None:
+    place.mkdir(exist_ok=True)
+    (place / "tokenizer.json").write_bytes(data)
+    tokenizer = Tokenizer.open(place)
+    tokenizer.decode(tokenizer.encode("Hello w\u00f6rld <s>", add_special_tokens=True))
+    assert len(tokenizer.tokens_from(0)) <= len(data)
+
+
 def _template(data: bytes, place: Path) -> None:
     template = ChatTemplate({"default": data.decode("utf-8", "replace")}, {"bos_token": "<s>"}, source=str(place))
     messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
@@ -110,6 +119,7 @@ READERS: dict[str, Callable[[bytes, Path], None]] = {
     "coreml": _coreml,
     "pte": _pte,
     "template": _template,
+    "tokenizer": _tokenizer,
 }
 
 

@@ -84,6 +84,38 @@ def _pte() -> bytes:
         return (bundle.folder / "executorch" / "model.pte").read_bytes()
 
 
+def _tokenizer() -> bytes:
+    """Byte fallback, a normalizer, and a template around the text."""
+    special = {"id": 0, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    return json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": [{**special, "special": True}],
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [
+                    {"type": "Prepend", "prepend": "_"},
+                    {"type": "Replace", "pattern": {"String": " "}, "content": "_"},
+                ],
+            },
+            "pre_tokenizer": {"type": "Digits", "individual_digits": True},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, text],
+                "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+            },
+            "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+            "model": {
+                "type": "BPE", "unk_token": "<s>", "byte_fallback": True, "fuse_unk": False,
+                "vocab": {"<s>": 0, "<0xC3>": 1, "<0xB6>": 2, "l": 3, "o": 4, "lo": 5, "_": 6, "H": 7},
+                "merges": [["l", "o"]],
+            },
+        }
+    ).encode()  # fmt: skip
+
+
 def sound() -> Iterator[tuple[str, str, bytes]]:
     """``(target, name, content)``."""
     for name, changes in CONFIGURATIONS.items():
@@ -100,6 +132,7 @@ def sound() -> Iterator[tuple[str, str, bytes]]:
     yield "manifest", "onnx", json.dumps(sound_manifest()).encode()
     yield "coreml", "decoder", _coreml()
     yield "pte", "layer", _pte()
+    yield "tokenizer", "fallback", _tokenizer()
     for name, text in TEMPLATES.items():
         yield "template", name, text.encode()
 
