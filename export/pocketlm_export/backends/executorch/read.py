@@ -70,7 +70,7 @@ class ExecuTorchReader:
             "level 3: the whole program without int8"
             if self._whole
             else "level 3: every delegate without int8, alone, on the inputs that float64 gave it",
-            f"level 4: every quantized linear in the first call and up to {DECODE_CALLS} further ones",
+            f"level 4: every quantized linear in the longest first call and up to {DECODE_CALLS} calls after it",
         )
 
     def rows(self, entry: str, start: int, stop: int) -> WrittenMatrix | npt.NDArray[np.float32]:
@@ -148,8 +148,10 @@ class ExecuTorchReader:
 
 
 def _chosen(runs: Sequence[Run]) -> int:
-    """The run whose calls the checks of single delegates use: the first that begins empty."""
-    return next((index for index, run in enumerate(runs) if run.past is None), 0)
+    """The run whose first calls the checks of single delegates use: of those that begin empty the one with the longest
+    first call."""
+    lengths = [len(run.calls[0].tokens) if run.past is None else 0 for run in runs]
+    return lengths.index(max(lengths))
 
 
 def _beginning(run: Run) -> Run:

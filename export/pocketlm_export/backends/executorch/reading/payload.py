@@ -224,8 +224,10 @@ def _check_datatype(value: PayloadValue, where: str) -> None:
     known = ("fp32", "qcint8", "qbint4") if value.constant is not None else ("fp32", "qdint8")
     if value.datatype not in known or (value.external is not None and value.datatype != "fp32"):
         raise UnsupportedError(f"{where}: value {value.id} is {value.datatype}")
-    if (value.scales is not None) != (value.datatype in QUANTIZED):
-        raise BundleError(f"{where}: value {value.id}, {value.datatype}: scales missing or unexpected")
+    if (value.scales is not None) != (value.datatype in QUANTIZED) or (value.group is not None) != (
+        value.datatype == "qbint4"
+    ):
+        raise BundleError(f"{where}: value {value.id}, {value.datatype}: scales or groups missing or unexpected")
 
 
 def _fits(kind: str, inputs: Sequence[str], output: str) -> bool:
