@@ -30,7 +30,7 @@ class Plan:
 
 # A reader's float64 products take about 0.05 s per token and billion weights on two cores.
 PLANS = (
-    Plan(weights=200e6, prompts=(3, 17, 96, 190), steps=64),
+    Plan(weights=100e6, prompts=(3, 17, 96, 190), steps=64),
     Plan(weights=2e9, prompts=(48, 5), steps=64),
     Plan(weights=float("inf"), prompts=(16,), steps=8),
 )

@@ -14,7 +14,7 @@ from pocketlm.certificate import Certificate, Evidence, Level, Loss, Oracle, Tar
 from pocketlm.errors import BundleError, InputError, PocketLMError
 from pocketlm.machine import machine_facts
 from pocketlm.session import Session
-from pocketlm_export.backends.reading import EXACT, Reader, Run, Trace, open_reader
+from pocketlm_export.backends.reading import Reader, Run, Trace, open_reader
 from pocketlm_export.verify.evidence import Runs, choose_runs, greedy_run
 from pocketlm_export.verify.levels import (
     Greedy,
@@ -36,7 +36,8 @@ from pocketlm_export.verify.text import check_text
 __all__ = ["Measured", "issue_certificate", "measure"]
 
 Stage = Callable[[str, int], None]
-ORIGINAL, ORIGINAL_EAGER, EAGER = "original", "original, float32", "float32"
+EXACT_LANE, EAGER, SIMULATED = "float64", "float32", "float32 with int8 activations"
+ORIGINAL, ORIGINAL_EAGER = "original in float64", "original in float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,35 +92,35 @@ def measure(
     oracle: str | None = None,
     stage: Stage = lambda _name, _elements: None,
 ) -> Measured:
-    """The five levels of each of ``targets``, and loss and oracle where the checkpoint is at hand."""
+    """The five levels of each of ``targets``, and loss and oracle where the checkpoint is at hand.
+
+    One target after the other: a pass of the reference costs seconds, the logits of all targets at once gigabytes.
+    """
     bundle, graph = subject.bundle, subject.graph
     elements = sum(math.prod(weight.shape) for weight in graph.weights().values())
     runs = choose_runs(graph, bundle.manifest, bundle.tokenizer, elements)
     artifacts = [_Artifact(bundle, target) for target in targets]
     weights = subject.weights or _weights_of_an_artifact(subject, artifacts)
+    values = subject.weights or (weights if _exact(artifacts) else None)
+    certificates, loss, judged_oracle = {}, None, None
     for artifact in artifacts:
         stage(f"run {artifact.target}", 0)
         artifact.run_shipped(runs)
-
-    stage("run the reference", 0)
-    lanes = [lane for artifact in artifacts for lane in artifact.lanes(runs, weights)]
-    both = (*runs.texts, *runs.probes)
-    lanes.append(Lane(name=EAGER, runs=both, weights=weights, dtype=torch.float32))
-    traces = run_lanes(graph, [*lanes, *_original_lanes(subject, runs, oracle)])
-    loss = None
-    if subject.originals is not None:
-        loss = measure_loss(runs.texts, traces[ORIGINAL_EAGER], traces[targets[0]][: len(runs.texts)])
-    judged_oracle = None
-    if oracle is not None and subject.checkpoint is not None:
-        stage(f"run {oracle}", 0)
-        told = oracle_traces(subject.checkpoint, runs.texts)
-        judged_oracle = judge_oracle(traces.pop(ORIGINAL), traces.pop(ORIGINAL_EAGER), told)
-
-    values = subject.weights or (weights if _exact(artifacts) else None)
-    certificates = {}
-    for artifact in artifacts:
+        stage(f"run the reference for {artifact.target}", 0)
+        first = loss is None and artifact.reader is not None
+        originals = _original_lanes(subject, runs, oracle) if first else []
+        traces = run_lanes(graph, [*artifact.lanes(runs, weights), *originals])
+        if first and subject.originals is not None and subject.checkpoint is not None:
+            loss = measure_loss(runs.texts, traces[ORIGINAL_EAGER], traces[EXACT_LANE][: len(runs.texts)])
+            if oracle is not None:
+                stage(f"run {oracle}", 0)
+                told = oracle_traces(subject.checkpoint, runs.texts)
+                judged_oracle = judge_oracle(traces[ORIGINAL], traces[ORIGINAL_EAGER], told)
+            for name in (ORIGINAL, ORIGINAL_EAGER):
+                traces.pop(name, None)
         stage(f"verify {artifact.target}", 0)
         certificates[artifact.target] = artifact.judge(subject, runs, values, traces)
+        artifact.shipped = None
         weights.release()
     return Measured(runs.evidence(), certificates, loss, judged_oracle)
 
@@ -161,18 +162,25 @@ class _Artifact:
             self.shipped = error
 
     def lanes(self, runs: Runs, weights: WeightSource) -> list[Lane]:
-        """The float64 reference with this artifact's constants, and the one whose noise predicts the artifact's."""
-        stored = EXACT if self.reader is None else self.reader.stored
+        """The float64 reference with this artifact's constants, the float32 one that is the floor of real runtimes, and
+        the one whose noise predicts the artifact's."""
+        if self.reader is None:
+            return []
+        stored, rounding = self.reader.stored, self.reader.round_activations
+        both = (*runs.texts, *runs.probes)
         own = [greedy_run("the greedy continuation", runs.greedy_prompt, self.greedy)] if self.greedy else []
-        exact = Lane(name=self.target, runs=(*runs.texts, *runs.probes, *own), weights=weights, stored=stored)
-        rounding = None if self.reader is None else self.reader.round_activations
-        if rounding is None or not self.quantized:
-            return [exact]
-        simulated = Lane(
-            name=f"{self.target}, simulated", runs=runs.texts, weights=weights, dtype=torch.float32, stored=stored,
-            round_activations=rounding,
-        )  # fmt: skip
-        return [exact, simulated]
+        lanes = [
+            Lane(name=EXACT_LANE, runs=(*both, *own), weights=weights, stored=stored),
+            Lane(name=EAGER, runs=both, weights=weights, dtype=torch.float32),
+        ]
+        if rounding is not None and self.quantized:
+            lanes.append(
+                Lane(
+                    name=SIMULATED, runs=runs.texts, weights=weights, dtype=torch.float32, stored=stored,
+                    round_activations=rounding,
+                )
+            )  # fmt: skip
+        return lanes
 
     def judge(
         self, subject: Subject, runs: Runs, values: WeightSource | None, traces: dict[str, list[Trace]]
@@ -182,9 +190,9 @@ class _Artifact:
             reason = str(self.refusal)
             broken = Level(level=1, name="bytes", status="failed", reason=reason)
             return TargetCertificate(levels=[broken])
-        reference = traces[self.target]
+        reference = traces[EXACT_LANE]
         exact, texts, own = reference[: len(both)], reference[: len(runs.texts)], reference[len(both) :]
-        eager = traces.get(EAGER, [])
+        eager = traces[EAGER]
 
         def bytes_level() -> Level:
             checks, counts = check_structure(self.target, reader, subject.graph, self.bundle.manifest, values)
@@ -196,7 +204,7 @@ class _Artifact:
             assert self.shipped is not None
             if not self.greedy:
                 return emulated_level(texts, self.shipped)
-            simulated = traces.get(f"{self.target}, simulated")
+            simulated = traces.get(SIMULATED)
             floor = eager[: len(runs.texts)] if simulated is None else simulated
             greedy = Greedy(self.greedy, own)
             return whole_level(texts, floor, self.shipped, greedy, quantized=simulated is not None)

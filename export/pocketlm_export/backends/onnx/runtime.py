@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime  # type: ignore[import-untyped]
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
 
 from pocketlm.errors import CheckError
 from pocketlm.manifest import Model
+from pocketlm.runtimes.onnx import RUNTIME_ERRORS
 from pocketlm_export.backends.onnx.execute import own_positions
 from pocketlm_export.backends.onnx.file import OnnxFile
 from pocketlm_export.backends.reading import Run, Trace
@@ -25,16 +25,6 @@ __all__ = ["decode", "meaning", "run_head", "start_session", "unmet_floor"]
 Array = npt.NDArray[Any]
 THREADS = 2
 FATAL_ONLY = 4  # ONNX Runtime's log severity: its errors are raised
-RUNTIME_ERRORS = (
-    ort_state.EPFail,
-    ort_state.Fail,
-    ort_state.InvalidArgument,
-    ort_state.InvalidGraph,
-    ort_state.InvalidProtobuf,
-    ort_state.NoSuchFile,
-    ort_state.NotImplemented,
-    ort_state.RuntimeException,
-)
 HIDDEN_STATES = "hidden_states"
 FLOAT_ACTIVATIONS = 0  # MatMulNBits' accuracy_level
 

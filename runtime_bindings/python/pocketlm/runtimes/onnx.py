@@ -13,7 +13,7 @@ from pocketlm.errors import BundleError, PocketLMError, UnavailableError
 from pocketlm.manifest import Manifest
 from pocketlm.session import Session
 
-__all__ = ["OnnxSession", "open_session"]
+__all__ = ["RUNTIME_ERRORS", "OnnxSession", "open_session"]
 
 FATAL_ONLY = 4  # ONNX Runtime's log severity: errors are raised, and need no printing
 HEAD_FILE = "head.onnx"
