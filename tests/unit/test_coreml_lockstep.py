@@ -142,4 +142,6 @@ def test_errors_are_those_of_predict(package: Path) -> None:
     with pytest.raises(InputError, match="state 'cache' is not C-contiguous"):
         turned = {"cache": np.zeros((WIDTH, ROWS), np.float32).T}
         interpreter.predict_together([Request(inputs(0), turned, "three")])
+    with pytest.raises(InputError, match="state 'cache' is an array of another state too"):
+        interpreter.predict_together([Request(inputs(i), dict(held), "three") for i in range(2)])
     assert interpreter.predict_together([]) == []

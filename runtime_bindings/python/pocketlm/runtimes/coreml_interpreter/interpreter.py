@@ -147,11 +147,14 @@ class Interpreter:
         operator where a program handles its state so that this order can't be kept; errors as :meth:`predict` besides.
         """
         turns: dict[int, Turns] = {}
+        owners: dict[int, int] = {}  # where an array lies -> whose it is
         calls = []
         for number, request in enumerate(requests):
             for name, array in request.state.items():
                 if not array.flags.c_contiguous:
                     raise InputError(f"state {name!r} is not C-contiguous")
+                if array.size and owners.setdefault(array.ctypes.data, id(request.state)) != id(request.state):
+                    raise InputError(f"state {name!r} is an array of another state too")
             if id(request.state) not in turns:
                 turns[id(request.state)] = Turns(request.state)
             calls.append(self._call(request, Turn(turns[id(request.state)], number)))
