@@ -28,7 +28,7 @@ def export(
     accept: Iterable[str] = (),
     store: str | os.PathLike[str] | None = None,
     force: bool = False,
-    verify: bool = False,
+    verify: bool = True,
     oracle: str | None = None,
     progress: "Progress | None" = None,
 ) -> "Bundle":

@@ -31,7 +31,7 @@ class ExportOptions:
     accept: tuple[str, ...] = ()
     store: Path | None = None
     force: bool = False
-    verify: bool = False
+    verify: bool = True
     oracle: str | None = None
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm.certificate import Check
-from pocketlm.errors import BundleError
+from pocketlm.errors import BundleError, CheckError
 from pocketlm.manifest import Manifest, Weight
 from pocketlm_export.backends.reading import Reader, StoredConstants, WrittenMatrix
 from pocketlm_export.graph.graph import Attention, Graph, RmsNorm
@@ -39,41 +39,52 @@ def check_structure(
 
     ``values`` None: nothing to compare rounded values with; those that aren't exact are counted as ``not comparable``.
     """
-    weights, facts = _Tally(), _Tally()
-    incomparable = 0
-    for name, weight in manifest.weights.items():
-        try:
-            known = _weight_is_known(target, reader, name, weight, values)
-        except BundleError as error:
-            weights.differ(str(error))
-            continue
-        incomparable += known is None
-        weights.count(name, known is not False)
-    stated: dict[tuple[str, str], Value] = {}
-    for fact in reader.facts():
-        key = fact.node, fact.name
-        if key in stated and not _equal(stated[key], fact.value):
-            facts.differ(f"{fact.name} of {fact.node} is stated twice, differently")
-        stated[key] = fact.value
-    wanted = {
-        key: value
-        for key, value in expected(graph, reader.stored).items()
-        if key[1] not in reader.unstated
-    }  # fmt: skip
-    for (node, name), value in wanted.items():
-        if (node, name) not in stated:
-            facts.differ(f"{name} of {node} is not in the file")
-        else:
-            found = stated[node, name]
-            facts.count(f"{name} of {node}: {_shown(found)}, not {_shown(value)}", _equal(found, value))
-    for node, name in stated.keys() - wanted.keys():
-        facts.differ(f"{name} of {node} is in the file, but not in the model")
+    weights, incomparable = _compare_weights(target, reader, manifest, values)
+    facts = _compare_facts(reader, graph)
     checks = [
         check(DIFFERING, weights.differing, subject="weights", where=weights.first),
         check(DIFFERING, facts.differing, subject="tables and attributes", where=facts.first),
     ]
     counts = {"weights": weights.compared, "tables and attributes": facts.compared}
     return checks, counts | ({"not comparable without the checkpoint": incomparable} if incomparable else {})
+
+
+def _compare_weights(target: str, reader: Reader, manifest: Manifest, values: Values | None) -> tuple["_Tally", int]:
+    """And how many could not be compared."""
+    tally, incomparable = _Tally(), 0
+    for name, weight in manifest.weights.items():
+        try:
+            known = _weight_is_known(target, reader, name, weight, values)
+        except BundleError as error:
+            tally.differ(str(error))
+            continue
+        incomparable += known is None
+        tally.count(name, known is not False)
+    return tally, incomparable
+
+
+def _compare_facts(reader: Reader, graph: Graph) -> "_Tally":
+    tally = _Tally()
+    stated: dict[tuple[str, str], Value] = {}
+    try:
+        for fact in reader.facts():
+            key = fact.node, fact.name
+            if key in stated and not _equal(stated[key], fact.value):
+                tally.differ(f"{fact.name} of {fact.node} is stated twice, differently")
+            stated[key] = fact.value
+    except (BundleError, CheckError) as error:  # what the file says has no meaning, or two
+        tally.differ(str(error))
+        return tally
+    wanted = {key: value for key, value in expected(graph, reader.stored).items() if key[1] not in reader.unstated}
+    for (node, name), value in wanted.items():
+        if (node, name) not in stated:
+            tally.differ(f"{name} of {node} is not in the file")
+        else:
+            found = stated[node, name]
+            tally.count(f"{name} of {node}: {_shown(found)}, not {_shown(value)}", _equal(found, value))
+    for node, name in stated.keys() - wanted.keys():
+        tally.differ(f"{name} of {node} is in the file, but not in the model")
+    return tally
 
 
 def expected(graph: Graph, stored: StoredConstants) -> dict[tuple[str, str], Value]:
