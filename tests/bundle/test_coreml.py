@@ -197,7 +197,7 @@ def test_a_weight_beyond_fp16_is_refused_by_name_and_nothing_is_left(
 
     changed = changed_checkpoint(tiny_checkpoint("llama-odd-vocabulary")[0], tmp_path / "checkpoint", change)
     (tmp_path / "out").mkdir()
-    options = ExportOptions(targets=("coreml",), scheme=scheme, store=tmp_path / "store")
+    options = ExportOptions(targets=("coreml",), scheme=scheme, store=tmp_path / "store", verify=False)
     with pytest.raises(UnsupportedError) as caught:
         export_bundle(str(changed), tmp_path / "out" / "bundle", options)
     assert f"{tensor}{list(index)} is " in str(caught.value)
@@ -209,7 +209,7 @@ def test_the_largest_fp16_passes(tiny_checkpoint, tmp_path):
         tensors["model.norm.weight"][:] = 65504
 
     folder = changed_checkpoint(tiny_checkpoint("llama-odd-vocabulary")[0], tmp_path / "checkpoint", change)
-    options = ExportOptions(targets=("coreml",), scheme="fp32", store=tmp_path / "store")
+    options = ExportOptions(targets=("coreml",), scheme="fp32", store=tmp_path / "store", verify=False)
     written = WrittenPackage(package_of(export_bundle(str(folder), tmp_path / "bundle", options)))
     assert (written.constant("model_norm_weight") == 65504).all()
 
@@ -262,7 +262,9 @@ def test_a_row_of_zeros_and_rows_beyond_the_square_of_fp16_pass_the_norm(tiny_ch
             tensors[name] *= 0
 
     changed = changed_checkpoint(tiny_checkpoint("llama-untied-biases")[0], tmp_path / "checkpoint", change)
-    bundle = export_bundle(str(changed), tmp_path / "bundle", ExportOptions(targets=("coreml",), scheme="fp32"))
+    bundle = export_bundle(
+        str(changed), tmp_path / "bundle", ExportOptions(targets=("coreml",), scheme="fp32", verify=False)
+    )
     checkpoint = open_checkpoint(changed)
     graph = trace(checkpoint.config, 160)
     weights = quantize(checkpoint.tensors, assign_rows(graph, "fp32", "int8"), WeightStore(tmp_path))
@@ -277,7 +279,7 @@ def test_a_row_of_zeros_and_rows_beyond_the_square_of_fp16_pass_the_norm(tiny_ch
 
 def test_a_window_that_the_context_never_leaves_is_noted(tiny_checkpoint, tmp_path):
     folder, _ = tiny_checkpoint("mistral-window")
-    options = ExportOptions(targets=("coreml",), scheme="int8", context=8, store=tmp_path / "store")
+    options = ExportOptions(targets=("coreml",), scheme="int8", context=8, store=tmp_path / "store", verify=False)
     bundle = export_bundle(str(folder), tmp_path / "bundle", options)
     target = bundle.manifest.targets["coreml"]
     assert "sliding window 9 dropped: the context of 8 fits into it" in target.notes

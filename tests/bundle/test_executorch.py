@@ -136,7 +136,9 @@ def test_two_exports_are_the_same_bytes(scheme, head, tiny_checkpoint, tmp_path)
     folder, _ = tiny_checkpoint("qwen3")
     files = []
     for name in ("one", "another"):
-        options = ExportOptions(targets=("executorch",), scheme=scheme, head=head, store=tmp_path / name / "store")
+        options = ExportOptions(
+            targets=("executorch",), scheme=scheme, head=head, store=tmp_path / name / "store", verify=False
+        )
         files.append(pte(export_bundle(str(folder), tmp_path / name / "bundle", options)).read_bytes())
     assert files[0] == files[1]
 
@@ -163,7 +165,7 @@ def test_facts_of_the_official_runner(tiny_bundle):
 
 def test_a_longest_call_of_the_whole_context(tiny_checkpoint, tmp_path):
     folder, _ = tiny_checkpoint("llama")
-    options = ExportOptions(targets=("executorch",), scheme="fp32", context=16, store=tmp_path / "store")
+    options = ExportOptions(targets=("executorch",), scheme="fp32", context=16, store=tmp_path / "store", verify=False)
     bundle = export_bundle(str(folder), tmp_path / "bundle", options)
     assert bundle.manifest.targets["executorch"].longest_call == 16
     with bundle.session("executorch", threads=1) as session:
@@ -175,7 +177,7 @@ def test_a_longest_call_of_the_whole_context(tiny_checkpoint, tmp_path):
 
 def test_a_window_that_the_context_fits_into_is_noted(tiny_checkpoint, tmp_path):
     folder, _ = tiny_checkpoint("mistral-window")
-    options = ExportOptions(targets=("executorch",), context=9, store=tmp_path / "store")
+    options = ExportOptions(targets=("executorch",), context=9, store=tmp_path / "store", verify=False)
     bundle = export_bundle(str(folder), tmp_path / "bundle", options)
     assert any("window 9 dropped" in note for note in bundle.manifest.targets["executorch"].notes)
     assert not any(table.shape == (9, 18) for table in map(read(bundle).constant, range(1, 4)))
@@ -273,7 +275,7 @@ def ascii_bundle(tmp_path_factory):
     tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 4, trainer)
     write_checkpoint(Row("ascii", "llama", {**BASE, "vocab_size": tokenizer.get_vocab_size()}), folder / "checkpoint")
     tokenizer.save(str(folder / "checkpoint" / "tokenizer.json"))
-    options = ExportOptions(targets=("executorch",), store=folder / "store")
+    options = ExportOptions(targets=("executorch",), store=folder / "store", verify=False)
     return export_bundle(str(folder / "checkpoint"), folder / "bundle", options)
 
 
@@ -369,7 +371,7 @@ def test_equal_codes_with_other_scales_are_packed_apart(weight_cache_shim, tmp_p
     tensors["model.layers.1.mlp.down_proj.weight"] = first * 2
     tensors["model.layers.2.mlp.down_proj.weight"] = first.clone()
     save_file(tensors, tmp_path / "checkpoint" / "model.safetensors", metadata={"format": "pt"})
-    options = ExportOptions(targets=("executorch",), store=tmp_path / "store")
+    options = ExportOptions(targets=("executorch",), store=tmp_path / "store", verify=False)
     bundle = export_bundle(str(tmp_path / "checkpoint"), tmp_path / "bundle", options)
     entries = [
         bundle.manifest.weights[f"model.layers.{layer}.mlp.down_proj.weight"].places["executorch"].entry

@@ -20,7 +20,9 @@ FOLDER = Path(__file__).parents[2] / "runtime_bindings" / "schema"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("format")
-    pocketlm.export(write_small_checkpoint(root / "source"), root / "bundle", targets=("onnx",), store=root / "store")
+    pocketlm.export(
+        write_small_checkpoint(root / "source"), root / "bundle", targets=("onnx",), store=root / "store", verify=False
+    )
     return root / "bundle"
 
 
@@ -91,6 +93,7 @@ def test_the_examples_of_the_contract_run(tmp_path):
         scheme="int4",
         context_length=32,
         store=tmp_path / "store",
+        verify=False,
     )
     assert bundle.manifest.model.context_length == 32
     with pocketlm.open(tmp_path / "model.pocketlm").session("onnx", threads=1) as session:

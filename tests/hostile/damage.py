@@ -156,7 +156,7 @@ def check_refused(bad: Bad, root: Path, targets: tuple[str, ...] = ("onnx",)) ->
     bad.damage(source)
     place = root / "place"
     with pytest.raises(InputError, match=bad.says) as caught:
-        pocketlm.export(source, place / "bundle", targets=targets, store=root / "store")
+        pocketlm.export(source, place / "bundle", targets=targets, store=root / "store", verify=False)
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < LONGEST_MESSAGE + len(str(source))

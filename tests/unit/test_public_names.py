@@ -22,7 +22,7 @@ HEAVY = {
 }
 
 PUBLIC = {
-    "open", "export", "verify", "generate", "chat", "Bundle", "Session", "Piece",
+    "open", "export", "verify", "generate", "chat", "Bundle", "Certificate", "Session", "Piece",
     "PocketLMError", "InputError", "CheckpointError", "BundleError", "UnsupportedError", "TemplateError",
     "ContextLengthError", "CheckError", "UnavailableError",
 }  # fmt: skip
@@ -80,8 +80,3 @@ def test_errors_descend_from_one_and_carry_the_exit_code():
         if name.endswith("Error"):
             assert issubclass(value, pocketlm.PocketLMError)
     assert {name: getattr(pocketlm, name).exit_code for name in codes} == codes
-
-
-def test_what_is_not_there_yet_refuses_by_name():
-    with pytest.raises(pocketlm.UnsupportedError, match="verification is not in this release"):
-        pocketlm.verify("bundle")

@@ -29,6 +29,10 @@ def verify_bundle(
     is no loss and no oracle. ``oracle``: ``transformers``, or None. A level that fails is in the certificate; see
     :attr:`Certificate.passed`. Raises :class:`pocketlm.InputError` for a bundle or reference that can't be used.
     """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    opened.check_files()
+
+    # These import torch, so only once the bundle is known to be good.
     from pocketlm_export.graph.trace import trace
     from pocketlm_export.pipeline import Progress
     from pocketlm_export.quantization.store import WeightStore, default_store
@@ -36,8 +40,7 @@ def verify_bundle(
     from pocketlm_export.verify.verification import issue_certificate
 
     told = progress or Progress()
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    told.stage("read", 0)
+    told.stage("verify the files", 0)
     subject = open_subject(
         opened,
         None if reference is None else os.fspath(reference),

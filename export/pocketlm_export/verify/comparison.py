@@ -155,6 +155,7 @@ def _kl(reference: Array, other: Array) -> Array:
 
 
 def _log_softmax(logits: Array) -> Array:
-    shifted = logits.astype(np.float64)
-    shifted = shifted - shifted.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+    with np.errstate(invalid="ignore"):  # infinity in, NaN out: the caller's figure says so
+        shifted = logits.astype(np.float64)
+        shifted = shifted - shifted.max(-1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

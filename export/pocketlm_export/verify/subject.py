@@ -68,6 +68,8 @@ class ArtifactWeights:
 
     def __init__(self, bundle: Bundle, target: str, reader: Reader) -> None:
         self._manifest, self._target, self._reader = bundle.manifest, target, reader
+        self.exact = reader.stored.value is np.float32
+        """Whether values that aren't quantized are as the checkpoint had them."""
 
     def row(self, name: str) -> SchemeRow | None:
         """The row of the weight's scheme."""

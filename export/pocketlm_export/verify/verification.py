@@ -99,11 +99,11 @@ def measure(
     bundle, graph = subject.bundle, subject.graph
     elements = sum(math.prod(weight.shape) for weight in graph.weights().values())
     runs = choose_runs(graph, bundle.manifest, bundle.tokenizer, elements)
-    artifacts = [_Artifact(bundle, target) for target in targets]
-    weights = subject.weights or _weights_of_an_artifact(subject, artifacts)
-    values = subject.weights or (weights if _exact(artifacts) else None)
+    weights = subject.weights or _weights_of_an_artifact(subject, targets)
+    values = None if isinstance(weights, ArtifactWeights) and not weights.exact else weights
     certificates, loss, judged_oracle = {}, None, None
-    for artifact in artifacts:
+    for target in targets:
+        artifact = _Artifact(bundle, target)  # opened here, so that only one is mapped at a time
         stage(f"run {artifact.target}", 0)
         artifact.run_shipped(runs)
         stage(f"run the reference for {artifact.target}", 0)
@@ -120,7 +120,6 @@ def measure(
                 traces.pop(name, None)
         stage(f"verify {artifact.target}", 0)
         certificates[artifact.target] = artifact.judge(subject, runs, values, traces)
-        artifact.shipped = None
         weights.release()
     return Measured(runs.evidence(), certificates, loss, judged_oracle)
 
@@ -227,24 +226,27 @@ def _chosen(bundle: Bundle, targets: Sequence[str] | None) -> list[str]:
     return present if targets is None else list(dict.fromkeys(targets))
 
 
-def _weights_of_an_artifact(subject: Subject, artifacts: Sequence[_Artifact]) -> WeightSource:
+def _weights_of_an_artifact(subject: Subject, targets: Sequence[str]) -> WeightSource:
     """The weights as one of the artifacts holds them: of those with exact values the first that the manifest knows."""
-    readers = {artifact.target: artifact.reader for artifact in artifacts if artifact.reader is not None}
+    bundle = subject.bundle
+    readers: dict[str, Reader] = {}
+    refusals = []
+    for target in targets:
+        artifact = _Artifact(bundle, target)
+        if artifact.reader is None:
+            refusals.append(str(artifact.refusal))
+        else:
+            readers[target] = artifact.reader
     if not readers:
-        refusals = "; ".join(str(artifact.refusal) for artifact in artifacts)
-        raise BundleError(f"{subject.bundle.folder}: no artifact can be read: {refusals}")
+        raise BundleError(f"{bundle.folder}: no artifact can be read: {'; '.join(refusals)}")
     order = sorted(readers, key=lambda target: readers[target].stored.value is not np.float32)
 
     def is_sound(target: str) -> bool:
-        checks, _ = check_structure(target, readers[target], subject.graph, subject.bundle.manifest, None)
+        checks, _ = check_structure(target, readers[target], subject.graph, bundle.manifest, None)
         return all(check.passed for check in checks)
 
     chosen = next(filter(is_sound, order), order[0])
-    return ArtifactWeights(subject.bundle, chosen, readers[chosen])
-
-
-def _exact(artifacts: Sequence[_Artifact]) -> bool:
-    return any(a.reader is not None and a.reader.stored.value is np.float32 for a in artifacts)
+    return ArtifactWeights(bundle, chosen, readers[chosen])
 
 
 def _original_lanes(subject: Subject, runs: Runs, oracle: str | None) -> list[Lane]:

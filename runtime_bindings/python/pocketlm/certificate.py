@@ -8,12 +8,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError
 
 from pocketlm.errors import BundleError
 from pocketlm.manifest import Closed, Sha256, TargetName
+from pocketlm.strict_json import parse_object
 
 __all__ = [
     "CERTIFICATE_FILE",
@@ -188,13 +189,12 @@ def read_certificate(folder: Path) -> Certificate | None:
     if path.stat().st_size > LARGEST_CERTIFICATE:
         raise BundleError(f"{path}: too large")
     try:
-        content: Any = json.loads(path.read_bytes())
-        certificate = Certificate.model_validate(content)
+        certificate = Certificate.model_validate(parse_object(path.read_bytes()))
     except ValidationError as error:
         first = error.errors()[0]
         raise BundleError(f"{path}: '{'.'.join(map(str, first['loc']))}': {first['msg']}") from error
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not valid JSON: {str(error)[:100]}") from error
+    except ValueError as error:
+        raise BundleError(f"{path}: not valid JSON: {error}") from error
     if certificate.sha256 != certificate.digest():
         raise BundleError(
             f"{path}: altered: its sha256 says something else; delete it, then pocketlm verify issues a new one"
