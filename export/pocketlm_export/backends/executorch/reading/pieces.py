@@ -36,6 +36,7 @@ def check_delegates_in_float32(file: PteFile, calls: Sequence[DelegateCall]) -> 
             if call.delegate == index:
                 for got, expected in zip(program.call(*call.inputs), call.outputs, strict=True):
                     errors.append(_row_errors(got, expected))
+        del program  # before the next one is built
         pieces[name] = np.concatenate(errors)
         file.release()
     return _summary(pieces)
