@@ -7,12 +7,15 @@ from pathlib import Path
 
 from pocketlm.bundle import Bundle, open_bundle
 from pocketlm.errors import CheckError, ContextLengthError, InputError
+from pocketlm_export.architectures import DecoderConfig
 from pocketlm_export.backends.base import Artifact, Lowering, load_backend
 from pocketlm_export.bundling import BundleWriter
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from pocketlm_export.checkpoint.hub import locate
 from pocketlm_export.checkpoint.text import open_text, with_tokenizer_stop
 from pocketlm_export.golden import write_golden
+from pocketlm_export.graph.graph import Graph
+from pocketlm_export.graph.stored import GraphStore
 from pocketlm_export.options import DEFAULT_CONTEXT, ExportOptions
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import LIMIT as STORE_LIMIT
@@ -20,7 +23,7 @@ from pocketlm_export.quantization.store import WeightStore, default_store
 from pocketlm_export.quantization.weights import quantize
 from pocketlm_export.verify import write_certificate
 
-__all__ = ["Progress", "export_bundle", "resolve_context"]
+__all__ = ["Progress", "export_bundle", "resolve_context", "trace_decoder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,8 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
         checkpoint = replace(checkpoint, generation=with_tokenizer_stop(checkpoint.generation, text.tokenizer))
 
         progress.stage("trace", 0)
-        # These import torch, so only once the input is known to be good.
-        from pocketlm_export.graph.trace import trace
-        from pocketlm_export.verify.subject import exported_subject
-        from pocketlm_export.verify.verification import issue_certificate
-
-        graph = trace(checkpoint.config, context)
+        root = options.store or default_store()
+        graph = GraphStore(root / "graphs").graph(checkpoint.config, context, trace_decoder)
         weights_needed = graph.weights()
         checkpoint.check_tensors(weights_needed, options.accept)
         rows = assign_rows(graph, options.scheme, options.head)
@@ -61,7 +60,7 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
 
         elements = checkpoint.tensors.elements(weights_needed)
         progress.stage("quantize", elements)
-        store = WeightStore(options.store or default_store())
+        store = WeightStore(root)
         weights = quantize(checkpoint.tensors, rows, store, progress.advance)
         store.prune(STORE_LIMIT)
 
@@ -90,6 +89,10 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
         writer.add_licenses(checkpoint)
         writer.add_manifest(checkpoint, graph, options, weights, artifacts, libraries)
         if options.verify:
+            # These import torch, which an export from the store does without.
+            from pocketlm_export.verify.subject import exported_subject
+            from pocketlm_export.verify.verification import issue_certificate
+
             subject = exported_subject(open_bundle(writer.written), graph, weights, checkpoint)
             certificate = issue_certificate(subject, oracle=options.oracle, stage=progress.stage)
             if not certificate.passed:
@@ -100,6 +103,13 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
             write_certificate(writer.written, certificate)
         writer.commit()
     return open_bundle(output)
+
+
+def trace_decoder(config: DecoderConfig, context_length: int) -> Graph:
+    """:func:`pocketlm_export.graph.trace.trace`, imported when it is needed: it brings torch."""
+    from pocketlm_export.graph.trace import trace
+
+    return trace(config, context_length)
 
 
 def resolve_context(checkpoint: Checkpoint, wanted: int | None) -> int:
