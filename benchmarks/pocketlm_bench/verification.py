@@ -5,16 +5,16 @@ their reasons. ``make docs-verification`` makes the bundles first.
 """
 
 import argparse
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pocketlm.bundle import Bundle, open_bundle
 from pocketlm.certificate import LEVELS, Certificate, Check
 from pocketlm.errors import InputError
+from pocketlm_bench.page import insert
 from pocketlm_export.verify.thresholds import THRESHOLDS, Threshold
 
-__all__ = ["figures", "insert", "thresholds"]
+__all__ = ["figures", "thresholds"]
 
 
 def thresholds() -> Iterator[str]:
@@ -33,14 +33,6 @@ def figures(bundles: Sequence[Bundle]) -> Iterator[str]:
         if certificate is None:
             raise InputError(f"{bundle.folder}: no certificate: pocketlm verify issues one")
         yield from _bundle(bundle, certificate)
-
-
-def insert(page: str, name: str, lines: Sequence[str]) -> str:
-    """``page`` with ``lines`` between the markers of ``name``. Raises :class:`InputError` if it has none."""
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-    if not pattern.search(page):
-        raise InputError(f"no markers of {name!r} in the page")
-    return pattern.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], page)
 
 
 def _bundle(bundle: Bundle, certificate: Certificate) -> Iterator[str]:
