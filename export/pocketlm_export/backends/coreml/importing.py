@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from pocketlm.errors import UnavailableError
 
 __all__ = ["coremltools", "mil", "mil_exporter"]
@@ -56,3 +58,24 @@ def _import() -> tuple[Any, Any, Any]:
 
 coremltools, mil, mil_exporter = _import()
 """The package; its ``mil.mil`` with Builder, Program and types; and the module that turns programs into messages."""
+
+
+def _reshaped(elements: Any, shape: Any) -> list[Any]:
+    """The unknown dimension of a reshape: one of ``shape`` is a new symbol, all others are known.
+
+    coremltools gives this one linear equation to sympy's solver: 5 ms each, a quarter of the time of a package.
+    """
+    known, unknown = 1, []
+    for index, size in enumerate(shape):
+        if isinstance(size, int | np.integer):
+            known *= int(size)
+        else:
+            unknown.append(index)
+    if len(unknown) != 1:
+        return list(_solve_reshape(elements, shape))
+    return [elements / known if index == unknown[0] else size for index, size in enumerate(shape)]
+
+
+_reshape = importlib.import_module("coremltools.converters.mil.mil.ops.defs.iOS15.tensor_transformation").reshape
+_solve_reshape = _reshape.enforce_volumetric_constraint
+_reshape.enforce_volumetric_constraint = staticmethod(_reshaped)
