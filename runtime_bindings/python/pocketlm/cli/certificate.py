@@ -47,7 +47,7 @@ def certificate_lines(certificate: Certificate) -> Iterator[str]:
 
 
 def _line(subject: str, name: str, status: str, words: str) -> str:
-    return f"{subject:<12}{name:<17}{MARKS[status]:<9}{printable(words)}".rstrip()
+    return f"{subject:<12}{name:<21}{MARKS[status]:<9}{printable(words)}".rstrip()
 
 
 def _level_words(level: Level) -> str:
