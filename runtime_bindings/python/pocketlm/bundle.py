@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from pocketlm.certificate import Certificate, read_certificate
-from pocketlm.errors import BundleError, InputError, UnavailableError
+from pocketlm.errors import BundleError, InputError, UnavailableError, UnsupportedError
 from pocketlm.manifest import FORMAT_MAJOR, Manifest, sampling_defaults
 from pocketlm.session import Session
 from pocketlm.strict_json import parse_object
@@ -23,6 +23,7 @@ from pocketlm.tokenizer import Tokenizer
 __all__ = ["RUNTIMES", "Bundle", "open_bundle"]
 
 RUNTIMES: Mapping[str, str] = {"executorch": "executorch", "onnx": "onnxruntime", "coreml": "coremltools"}
+PACKING = ("onnx",)  # the runtimes that can keep packed weights in a file
 LARGEST_MANIFEST = 64 << 20
 LONGEST_PATH = 1024
 
@@ -30,8 +31,8 @@ LONGEST_PATH = 1024
 class Runtime(Protocol):
     """What a module of ``pocketlm.runtimes`` defines."""
 
-    def open_session(self, path: Path, manifest: Manifest, threads: int | None) -> Session:
-        """A fresh session over the artifact at ``path``."""
+    def open_session(self, path: Path, manifest: Manifest, threads: int | None, **wishes: bool) -> Session:
+        """A fresh session over the artifact at ``path``. One of :data:`PACKING` takes ``packed``."""
 
 
 class Bundle:
@@ -70,11 +71,16 @@ class Bundle:
         """The runtimes of this bundle that are installed here, in the order of preference."""
         return [name for name, package in RUNTIMES.items() if name in self.manifest.targets and _installed(package)]
 
-    def session(self, runtime: str | None = None, *, threads: int | None = None) -> Session:
+    def session(self, runtime: str | None = None, *, threads: int | None = None, packed: bool = False) -> Session:
         """A session over ``runtime``, or over the first that is installed. ``threads`` None: the runtime's default.
 
+        ``packed``: map the weights, packed for this machine, from a file in the user's cache, about 2.5 times the
+        artifact's size and made at the first call, instead of packing them into memory; for onnx only.
+
         ExecuTorch's thread count is process-wide. Raises :class:`InputError` for a runtime that the bundle has no
-        artifact for, :class:`UnavailableError` for one that isn't installed, :class:`BundleError` for altered files.
+        artifact for, :class:`UnavailableError` for one that isn't installed, :class:`BundleError` for altered files,
+        :class:`UnsupportedError` for packed weights of another runtime, :class:`InputError` if there's no place for
+        them.
         """
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, not {threads}")
@@ -86,9 +92,12 @@ class Bundle:
             raise InputError(f"{self.folder}: no {name} artifact; this bundle has {', '.join(self.manifest.targets)}")
         if not _installed(RUNTIMES[name]):
             raise UnavailableError(f"the {name} runtime is not installed: pip install 'pocketlm[{name}]'")
+        if packed and name not in PACKING:
+            raise UnsupportedError(f"packed weights: not supported by {name}; valid: {', '.join(PACKING)}")
         self.check_files(target.path.split("/")[0] + "/")
         module: Runtime = importlib.import_module(f"pocketlm.runtimes.{name}")
-        session = module.open_session(self.folder / target.path, self.manifest, threads)
+        wishes = {"packed": True} if packed else {}
+        session = module.open_session(self.folder / target.path, self.manifest, threads, **wishes)
         session.bundle = self
         return session
 

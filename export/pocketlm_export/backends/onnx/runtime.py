@@ -15,7 +15,7 @@ import onnxruntime  # type: ignore[import-untyped]
 
 from pocketlm.errors import CheckError
 from pocketlm.manifest import Model
-from pocketlm.runtimes.onnx import RUNTIME_ERRORS
+from pocketlm.runtimes.onnx_loading import RUNTIME_ERRORS
 from pocketlm_export.backends.onnx.execute import own_positions
 from pocketlm_export.backends.onnx.file import OnnxFile
 from pocketlm_export.backends.reading import Run, Trace

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketlm.cli.console import Debug, Interrupted, Runtime, Threads, note, reported
+from pocketlm.cli.console import Debug, Interrupted, Packed, Runtime, Threads, note, reported
 from pocketlm.cli.run import describe_session
 from pocketlm.cli.sampling_options import MaxNewTokens, MinP, RepetitionPenalty, Seed, Temperature, TopK, TopP
 from pocketlm.errors import ContextLengthError, UnsupportedError
@@ -33,6 +33,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     threads: Threads = None,
+    packed: Packed = False,
     debug: Debug = False,
 ) -> None:
     """Talk to the model. /exit or Ctrl-D ends it, /reset starts anew, Ctrl-C stops an answer."""
@@ -46,7 +47,7 @@ def chat(
             "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
             "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
         }  # fmt: skip
-        with opened.session(runtime, threads=threads) as session:
+        with opened.session(runtime, threads=threads, packed=packed) as session:
             note(f"runtime: {describe_session(session)}; /exit or Ctrl-D ends, /reset starts anew")
             _converse(session, [] if system is None else [{"role": "system", "content": system}], sampling)
 

@@ -11,7 +11,7 @@ import typer
 
 from pocketlm.errors import PocketLMError, printable
 
-__all__ = ["Debug", "Interrupted", "Json", "Oracle", "Runtime", "Threads", "note", "print_json", "reported"]
+__all__ = ["Debug", "Interrupted", "Json", "Oracle", "Packed", "Runtime", "Threads", "note", "print_json", "reported"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -22,6 +22,10 @@ Runtime = Annotated[
 Oracle = Annotated[
     str | None,
     typer.Option("--oracle", metavar="NAME", help="Compare with transformers on the original checkpoint."),
+]
+Packed = Annotated[
+    bool,
+    typer.Option("--packed", help="Map packed weights from a file, made at the first run: less memory; onnx only."),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads of the runtime.")]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketlm.cli.console import Debug, Json, Runtime, Threads, note, print_json, reported
+from pocketlm.cli.console import Debug, Json, Packed, Runtime, Threads, note, print_json, reported
 from pocketlm.cli.sampling_options import MaxNewTokens, MinP, RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP
 from pocketlm.errors import InputError
 
@@ -40,6 +40,7 @@ def run(
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
     threads: Threads = None,
+    packed: Packed = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -54,7 +55,7 @@ def run(
             raise InputError("--system needs the chat template: " + ("drop --raw" if raw else "this model has none"))
         if not raw and not templated:
             note("this model has no chat template: the prompt is continued as it is")
-        with opened.session(runtime, threads=threads) as session:
+        with opened.session(runtime, threads=threads, packed=packed) as session:
             note(f"runtime: {describe_session(session)}")
             sampling: dict[str, Any] = {
                 "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,

@@ -7,31 +7,24 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnxruntime  # type: ignore[import-untyped]
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
 
-from pocketlm.errors import BundleError, PocketLMError, UnavailableError
+from pocketlm.errors import PocketLMError, UnavailableError
 from pocketlm.manifest import Manifest
+from pocketlm.runtimes.onnx_loading import RUNTIME_ERRORS, load_model
+from pocketlm.runtimes.onnx_packed import packed_copy
 from pocketlm.session import Session
 
-__all__ = ["RUNTIME_ERRORS", "OnnxSession", "open_session"]
+__all__ = ["OnnxSession", "open_session"]
 
-FATAL_ONLY = 4  # ONNX Runtime's log severity: errors are raised, and need no printing
 HEAD_FILE = "head.onnx"
-RUNTIME_ERRORS = (
-    ort_state.EPFail,
-    ort_state.Fail,
-    ort_state.InvalidArgument,
-    ort_state.InvalidGraph,
-    ort_state.InvalidProtobuf,
-    ort_state.NoSuchFile,
-    ort_state.NotImplemented,
-    ort_state.RuntimeException,
-    RuntimeError,  # what a binding's run raises
-)
+DATA_FILE = "model.onnx.data"  # of both
 
 
-def open_session(path: Path, manifest: Manifest, threads: int | None) -> "OnnxSession":
+def open_session(path: Path, manifest: Manifest, threads: int | None, *, packed: bool = False) -> "OnnxSession":
     """A session over ``model.onnx`` at ``path``; ``threads`` None leaves the number to ONNX Runtime.
+
+    ``packed``: over copies of the models whose weights are packed for this machine already, see
+    :mod:`pocketlm.runtimes.onnx_packed`. It computes the same bits.
 
     Raises :class:`UnavailableError` if ONNX Runtime is older than what the artifact states, because older kernels may
     compute something else, and :class:`BundleError` naming the file that ONNX Runtime refuses.
@@ -42,14 +35,14 @@ def open_session(path: Path, manifest: Manifest, threads: int | None) -> "OnnxSe
             f"{path}: needs onnxruntime {floor} or newer, but {onnxruntime.__version__} is installed: "
             f"pip install 'onnxruntime>={floor}'"
         )
-    return OnnxSession(path, manifest, threads)
+    return OnnxSession(path, manifest, threads, packed=packed)
 
 
 class OnnxSession(Session):
     """The last position's logits come from the decoder; those of more from its hidden states through ``head.onnx``,
     which is loaded when they are first asked for."""
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
+    def __init__(self, path: Path, manifest: Manifest, threads: int | None, *, packed: bool = False) -> None:
         target, model = manifest.targets["onnx"], manifest.model
         super().__init__(
             runtime="onnx",
@@ -60,7 +53,9 @@ class OnnxSession(Session):
         )
         self._path = path
         self._threads = threads
-        self._decoder = _load(path, threads)
+        self._packed = packed
+        self._files = manifest.files
+        self._decoder = self._load(path)
         self._head: onnxruntime.InferenceSession | None = None
         self._mask = np.ones((1, self.context_length), np.int64)
         self._logits = np.empty((1, 1, self.vocabulary_size), np.float32)
@@ -98,10 +93,17 @@ class OnnxSession(Session):
     def _run_head(self, states: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         path = self._path.with_name(HEAD_FILE)
         if self._head is None:
-            self._head = _load(path, self._threads)
+            self._head = self._load(path)
         with self._named(path):
             (logits,) = self._head.run(None, {"hidden_states": states})
         return np.asarray(logits[0], np.float32)
+
+    def _load(self, path: Path) -> onnxruntime.InferenceSession:
+        if not self._packed:
+            return load_model(path, self._threads)
+        names = (path.name, DATA_FILE)
+        with packed_copy(path, {name: self._files[f"{path.parent.name}/{name}"] for name in names}) as copy:
+            return load_model(copy, self._threads)
 
     def _close(self) -> None:
         del self._last_only, self._with_states, self._decoder
@@ -120,17 +122,3 @@ class OnnxSession(Session):
 def _release(version: str) -> tuple[int, ...]:
     """``1.23.2`` and ``1.23.2.dev1`` alike."""
     return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
-
-
-def _load(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = FATAL_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Threads spin within a call, where it saves time, and not between two, where it burns the caller's.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except RUNTIME_ERRORS as error:
-        raise BundleError(f"{path}: ONNX Runtime can't load it: {error}") from error
