@@ -5,56 +5,38 @@ lists where a package can hold it: the first, the middle and the last layer in a
 alone. Packages stay valid: each fault computes something else, none is a broken file.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from pocketlm.manifest import Manifest, Weight
+from pocketlm.manifest import Manifest
 from tests.verify.coreml_editing import FUNCTIONS, appended, blocks, change, edited, mapped
 from tests.verify.coreml_operators import Block, Layer
+from tests.verify.fault_places import (
+    Place,
+    Rows,
+    all_layers,
+    bias_places,
+    chosen_layers,
+    int4_places,
+    kv_head_places,
+    scale_places,
+)
 
 __all__ = ["FAULTS", "Place", "Rows", "places"]
-
-
-class Rows(NamedTuple):
-    """Rows ``start..stop`` of an entry of the manifest."""
-
-    entry: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a fault goes: ``rows`` of weights, operators of ``layer``, or the norm of this ``index``. ``part`` tells
-    kinds of one fault apart; ``function`` is the only one that gets it, "" all of them."""
-
-    layer: int = -1
-    part: str = ""
-    rows: tuple[Rows, ...] = ()
-    index: int = -1
-    function: str = ""
-
-    @property
-    def functions(self) -> tuple[str, ...]:
-        return (self.function,) if self.function else FUNCTIONS
-
-    def __str__(self) -> str:
-        layer = f"layer {self.layer}" if self.layer >= 0 else ""
-        index = f"norm {self.index}" if self.index >= 0 else ""
-        rows = [f"{entry}[{start}:{stop}]" for entry, start, stop in self.rows]
-        function = f"{self.function} alone" if self.function else ""
-        return " ".join(part for part in (layer, index, self.part, *rows, function) if part)
 
 
 def places(fault: str, package: Path, manifest: Manifest) -> list[Place]:
     """Every place of ``package`` that differs for ``fault``; none if it can't hold the fault."""
     everywhere = PLACES[fault](package, manifest)
-    return [*everywhere, *(replace(place, function=name) for place in everywhere[:1] for name in FUNCTIONS)]
+    return [*everywhere, *(replace(place, scope=name) for place in everywhere[:1] for name in FUNCTIONS)]
+
+
+def functions_of(place: Place) -> tuple[str, ...]:
+    """The functions that get the fault: one of them, or all."""
+    return (place.scope,) if place.scope else FUNCTIONS
 
 
 # The faults
@@ -63,7 +45,7 @@ def places(fault: str, package: Path, manifest: Manifest) -> list[Place]:
 def swap_rotary_halves(package: Path, place: Place) -> None:
     """``negative``: rotate by the negative angle; ``in order``: each half meets the sine of itself."""
     with edited(package) as found:
-        for name in place.functions:
+        for name in functions_of(place):
             layer = Layer(found[name], place.layer)
             for rotated in layer.rotated():
                 if place.part == "negative":
@@ -82,14 +64,14 @@ def shift_rotary_table(package: Path, place: Place) -> None:
         arrays["val"][:-1] = arrays["val"][1:].copy()
 
     for table in tables_of(package, place.layer):
-        change(package, table, place.functions, shift)
+        change(package, table, functions_of(place), shift)
 
 
 def shift_position(package: Path, place: Place) -> None:
     """By one: where the layer's keys and values are written, what they and the queries are rotated by, or what the
     layer's mask hides."""
     with edited(package) as found:
-        for name in place.functions:
+        for name in functions_of(place):
             block, layer = found[name], Layer(found[name], place.layer)
             match place.part:
                 case "cache":
@@ -122,7 +104,7 @@ def drop_bias(package: Path, place: Place) -> None:
     def zero(arrays: dict[str, np.ndarray]) -> None:
         arrays["val"][rows.start : rows.stop] = 0
 
-    change(package, rows.entry, place.functions, zero)
+    change(package, rows.entry, functions_of(place), zero)
 
 
 def swap_nibbles(package: Path, place: Place) -> None:
@@ -133,7 +115,7 @@ def swap_nibbles(package: Path, place: Place) -> None:
         codes = arrays["data"][rows.start : rows.stop]
         codes[:] = (codes << 4) | (codes >> 4)
 
-    change(package, rows.entry, place.functions, swap)
+    change(package, rows.entry, functions_of(place), swap)
 
 
 def exchange_scales(package: Path, place: Place) -> None:
@@ -152,13 +134,13 @@ def exchange_scales(package: Path, place: Place) -> None:
                 row = int((scales[:, 0] != scales[:, 1]).argmax())
                 scales[row, [0, 1]] = scales[row, [1, 0]]
 
-    change(package, rows.entry, place.functions, exchange)
+    change(package, rows.entry, functions_of(place), exchange)
 
 
 def enlarge_epsilon(package: Path, place: Place) -> None:
     """A thousand times."""
     with edited(package) as found:
-        for name in place.functions:
+        for name in functions_of(place):
             block = found[name]
             inverse = block.of_kind("rsqrt")[place.index]
             squared = block.maker(block.input(block.maker(block.input(inverse, "x")), "y"))
@@ -171,7 +153,7 @@ def enlarge_epsilon(package: Path, place: Place) -> None:
 def skip_layer(package: Path, place: Place) -> None:
     """What comes out of the layer is what went in; its caches are still written."""
     with edited(package) as found:
-        for name in place.functions:
+        for name in functions_of(place):
             block = found[name]
             sums = block.residuals()
             before, after = block.input(sums[2 * place.layer], "x"), sums[2 * place.layer + 1].outputs[0].name
@@ -181,7 +163,7 @@ def skip_layer(package: Path, place: Place) -> None:
 def ignore_window(package: Path, place: Place) -> None:
     """Every key that doesn't lie ahead is seen."""
     with edited(package) as found:
-        for name in place.functions:
+        for name in functions_of(place):
             block = found[name]
             either = block.own_mask(place.layer)
             block.read_instead(either.outputs[0].name, block.input(either, "x"))
@@ -190,7 +172,7 @@ def ignore_window(package: Path, place: Place) -> None:
 def widen_window(package: Path, place: Place) -> None:
     """One key more is seen."""
     with edited(package) as found:
-        for name in place.functions:
+        for name in functions_of(place):
             block = found[name]
             either = block.own_mask(place.layer)
             behind = block.clone(block.input(either, "y"), either)
@@ -203,7 +185,7 @@ def widen_window(package: Path, place: Place) -> None:
 def ignore_soft_cap(package: Path, place: Place) -> None:
     """Scores stay as they are."""
     with edited(package) as found:
-        for name in place.functions:
+        for name in functions_of(place):
             layer = Layer(found[name], place.layer)
             found[name].bind(layer.masked, "x", layer.product.outputs[0].name)
 
@@ -220,7 +202,7 @@ def reverse_kv_heads(package: Path, place: Place) -> None:
                     rows = array[start:stop]
                     rows[:] = rows.reshape(heads, -1, *rows.shape[1:])[::-1].reshape(rows.shape)
 
-        change(package, entry, place.functions, reverse)
+        change(package, entry, functions_of(place), reverse)
 
 
 def untie_head(package: Path, place: Place) -> None:
@@ -232,12 +214,12 @@ def untie_head(package: Path, place: Place) -> None:
         ends = {name: (b.embedding() if where == "the embedding" else b.maker("logits")) for name, b in found.items()}
         entry = found[FUNCTIONS[0]].input(ends[FUNCTIONS[0]], parameter)
         offsets = {part: appended(package, value) for part, value in found[FUNCTIONS[0]].parts(entry).items()}
-        for name in place.functions:
+        for name in functions_of(place):
             copied = found[name].clone(entry, ends[name], "_untied")
             for part, value in found[name].parts(copied.outputs[0].name).items():
                 value.blobFileValue.offset = offsets[part]
             found[name].bind(ends[name], parameter, copied.outputs[0].name)
-        values = found[place.functions[0]].parts(f"{entry}_untied")
+        values = found[functions_of(place)[0]].parts(f"{entry}_untied")
         alter_codes({part: mapped(package, value) for part, value in values.items()}, kind)
 
 
@@ -270,19 +252,9 @@ def tables_of(package: Path, layer: int) -> tuple[str, ...]:
     return tuple(block.input(block.maker(block.input(product, "y")), "x") for product in products)
 
 
-def chosen_layers(layers: Iterable[int]) -> list[int]:
-    """The first, the middle and the last."""
-    found = list(layers)
-    return [found[index] for index in sorted({0, len(found) // 2, len(found) - 1})] if found else []
-
-
 def layers_where(package: Path, manifest: Manifest, holds: Callable[[Block, int], bool]) -> list[int]:
     block = blocks(package)[FUNCTIONS[0]]
     return chosen_layers(layer for layer in range(manifest.model.layers) if holds(block, layer))
-
-
-def all_layers(_package: Path, manifest: Manifest) -> list[Place]:
-    return [Place(layer) for layer in chosen_layers(range(manifest.model.layers))]
 
 
 def rotated_layers(package: Path, manifest: Manifest) -> list[Place]:
@@ -304,40 +276,6 @@ def position_places(package: Path, manifest: Manifest) -> list[Place]:
     return [Place(layer, part) for part, layers in parts.items() for layer in layers]
 
 
-def rows_of(weight: Weight) -> Rows:
-    place = weight.places["coreml"]
-    return Rows(place.entry, place.first_row, place.first_row + weight.shape[0])
-
-
-def layer_of(name: str) -> int:
-    """-1 outside layers."""
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else -1
-
-
-def weight_places(manifest: Manifest, suffix: str, schemes: Iterable[str], part: str = "") -> list[Place]:
-    """Weights of the chosen layers, and those outside layers, by the end of their name."""
-    layers = (-1, *chosen_layers(range(manifest.model.layers)))
-    return [
-        Place(layer_of(name), part, (rows_of(weight),))
-        for name, weight in manifest.weights.items()
-        if name.endswith(suffix) and weight.scheme in schemes and layer_of(name) in layers
-    ]
-
-
-def bias_places(_package: Path, manifest: Manifest) -> list[Place]:
-    return weight_places(manifest, ".bias", ("fp32",))
-
-
-def int4_places(_package: Path, manifest: Manifest) -> list[Place]:
-    return weight_places(manifest, ".weight", ("int4",))
-
-
-def scale_places(_package: Path, manifest: Manifest) -> list[Place]:
-    groups = [place for part in ("row", "columns") for place in weight_places(manifest, ".weight", ("int4",), part)]
-    return groups + weight_places(manifest, ".weight", ("int8",), "rows")
-
-
 def norm_places(package: Path, _manifest: Manifest) -> list[Place]:
     """Every one."""
     return [Place(index=index) for index in range(len(blocks(package)[FUNCTIONS[0]].of_kind("rsqrt")))]
@@ -349,19 +287,6 @@ def windowed_layers(package: Path, manifest: Manifest) -> list[Place]:
 
 def soft_capped_layers(package: Path, manifest: Manifest) -> list[Place]:
     return [Place(x) for x in layers_where(package, manifest, lambda block, layer: Layer(block, layer).capped)]
-
-
-def kv_head_places(_package: Path, manifest: Manifest) -> list[Place]:
-    """Keys and values of a layer together."""
-    if manifest.model.kv_heads == 1:
-        return []
-    found = []
-    for layer in chosen_layers(range(manifest.model.layers)):
-        names = [name for name in manifest.weights if layer_of(name) == layer]
-        sides = [name for name in names if ".k_proj." in name or ".v_proj." in name]
-        rows = tuple(rows_of(manifest.weights[name]) for name in sides)
-        found.append(Place(layer, f"{manifest.model.kv_heads} heads", rows))
-    return found
 
 
 def head_places(_package: Path, manifest: Manifest) -> list[Place]:
@@ -390,14 +315,14 @@ PLACES: Mapping[str, Callable[[Path, Manifest], list[Place]]] = {
     "rotary halves swapped": rotated_layers,
     "rotary table one row off": rotary_tables,
     "position off by one": position_places,
-    "a bias missing": bias_places,
-    "nibbles swapped": int4_places,
-    "scales of two groups exchanged": scale_places,
+    "a bias missing": lambda _, manifest: bias_places("coreml", manifest),
+    "nibbles swapped": lambda _, manifest: int4_places("coreml", manifest),
+    "scales of two groups exchanged": lambda _, manifest: scale_places("coreml", manifest),
     "a norm's epsilon x1000": norm_places,
-    "one layer skipped": all_layers,
+    "one layer skipped": lambda _, manifest: all_layers(manifest),
     "window ignored": windowed_layers,
     "window one too wide": windowed_layers,
     "soft cap ignored": soft_capped_layers,
-    "key/value heads paired wrongly": kv_head_places,
+    "key/value heads paired wrongly": lambda _, manifest: kv_head_places("coreml", manifest),
     "lm head untied": head_places,
 }

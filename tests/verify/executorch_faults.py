@@ -6,47 +6,31 @@ where a file can hold it: the first, the middle and the last layer, and whatever
 ExecuTorch: each fault computes something else, none is a broken file.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from pocketlm.manifest import Manifest, Weight
+from pocketlm.manifest import Manifest
 from pocketlm_export.backends.executorch.importing import schema
 from pocketlm_export.backends.executorch.reading.execution import attention_steps
 from pocketlm_export.backends.executorch.reading.facts import rotary_constants
 from pocketlm_export.backends.executorch.reading.kernels import UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
 from tests.verify.executorch_rewriting import Rewriting, reader_of, stored_codes, stored_scales
+from tests.verify.fault_places import (
+    Place,
+    Rows,
+    all_layers,
+    bias_places,
+    chosen_layers,
+    int4_places,
+    kv_head_places,
+    scale_places,
+)
 
 __all__ = ["FAULTS", "Place", "Rows", "places"]
-
-
-class Rows(NamedTuple):
-    """Rows ``start..stop`` of an entry of the manifest."""
-
-    entry: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a fault goes: ``rows`` of weights, a step of ``layer``, or the norm of this ``index``. ``part`` tells kinds
-    of one fault apart."""
-
-    layer: int = -1
-    part: str = ""
-    rows: tuple[Rows, ...] = ()
-    index: int = -1
-
-    def __str__(self) -> str:
-        layer = f"layer {self.layer}" if self.layer >= 0 else ""
-        index = f"norm {self.index}" if self.index >= 0 else ""
-        rows = [f"{entry[:16]}[{start}:{stop}]" for entry, start, stop in self.rows]
-        return " ".join(part for part in (layer, index, self.part, *rows) if part)
 
 
 def places(fault: str, path: Path, manifest: Manifest) -> list[Place]:
@@ -281,16 +265,6 @@ def off_by_one(values: np.ndarray, datatype: str) -> None:
 # Where each fault can be
 
 
-def chosen_layers(layers: Iterable[int]) -> list[int]:
-    """The first, the middle and the last."""
-    found = list(layers)
-    return [found[index] for index in sorted({0, len(found) // 2, len(found) - 1})] if found else []
-
-
-def all_layers(_file: PteFile, manifest: Manifest) -> list[Place]:
-    return [Place(layer) for layer in chosen_layers(range(manifest.model.layers))]
-
-
 def rotated_layers(file: PteFile, manifest: Manifest) -> list[Place]:
     return [Place(layer) for layer in chosen_layers(x for x in range(manifest.model.layers) if rotated(file, x))]
 
@@ -310,55 +284,14 @@ def position_places(file: PteFile, manifest: Manifest) -> list[Place]:
     return [Place(layer, "cache") for layer in chosen_layers(layers)] + [Place(layer, "attention") for layer in read]
 
 
-def rows_of(weight: Weight) -> Rows:
-    place = weight.places["executorch"]
-    return Rows(place.entry, place.first_row, place.first_row + weight.shape[0])
-
-
-def layer_of(name: str) -> int:
-    """-1 outside layers."""
-    return int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else -1
-
-
-def weight_places(manifest: Manifest, suffix: str, schemes: Iterable[str], part: str = "") -> list[Place]:
-    """Weights of the chosen layers, and those outside layers, by the end of their name."""
-    layers = (-1, *chosen_layers(range(manifest.model.layers)))
-    return [
-        Place(layer_of(name), part, (rows_of(weight),))
-        for name, weight in manifest.weights.items()
-        if name.endswith(suffix) and weight.scheme in schemes and layer_of(name) in layers
-    ]
-
-
-def bias_places(_file: PteFile, manifest: Manifest) -> list[Place]:
-    return weight_places(manifest, ".bias", ("fp32",))
-
-
-def int4_places(_file: PteFile, manifest: Manifest) -> list[Place]:
-    return weight_places(manifest, ".weight", ("int4",))
-
-
-def scale_places(file: PteFile, manifest: Manifest) -> list[Place]:
-    """Between groups, or between rows where there are none."""
-    groups = [place for part in ("row", "columns") for place in weight_places(manifest, ".weight", ("int4",), part)]
-    several = [place for place in groups if stored_scales(file, place.rows[0].entry).shape[1] > 1]
-    return several + weight_places(manifest, ".weight", ("int8",), "rows")
+def grouped_scale_places(file: PteFile, manifest: Manifest) -> list[Place]:
+    """Not between the groups of a row that has one."""
+    found = scale_places("executorch", manifest)
+    return [p for p in found if p.part == "rows" or stored_scales(file, p.rows[0].entry).shape[1] > 1]
 
 
 def norm_places(file: PteFile, _manifest: Manifest) -> list[Place]:
     return [Place(index=index) for index in range(len(norm_means(file)))]
-
-
-def kv_head_places(_file: PteFile, manifest: Manifest) -> list[Place]:
-    """Keys and values of a layer together."""
-    if manifest.model.kv_heads == 1:
-        return []
-    found = []
-    for layer in chosen_layers(range(manifest.model.layers)):
-        names = [name for name in manifest.weights if layer_of(name) == layer]
-        sides = [name for name in names if ".k_proj." in name or ".v_proj." in name]
-        found.append(Place(layer, rows=tuple(rows_of(manifest.weights[name]) for name in sides)))
-    return found
 
 
 def head_places(_file: PteFile, _manifest: Manifest) -> list[Place]:
@@ -384,13 +317,13 @@ PLACES: Mapping[str, Callable[[PteFile, Manifest], list[Place]]] = {
     "rotary halves swapped": rotated_layers,
     "rotary table one row off": rotated_layers,
     "position off by one": position_places,
-    "a bias missing": bias_places,
-    "nibbles swapped": int4_places,
-    "scales of two groups exchanged": scale_places,
+    "a bias missing": lambda _, manifest: bias_places("executorch", manifest),
+    "nibbles swapped": lambda _, manifest: int4_places("executorch", manifest),
+    "scales of two groups exchanged": grouped_scale_places,
     "a norm's epsilon x1000": norm_places,
-    "one layer skipped": all_layers,
+    "one layer skipped": lambda _, manifest: all_layers(manifest),
     "window ignored": windowed_layers,
     "window one too wide": windowed_layers,
-    "key/value heads paired wrongly": kv_head_places,
+    "key/value heads paired wrongly": lambda _, manifest: kv_head_places("executorch", manifest),
     "lm head untied": head_places,
 }

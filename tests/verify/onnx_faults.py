@@ -5,48 +5,30 @@
 Files stay valid for ONNX Runtime: each fault computes something else, none is a broken file.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from pocketlm.manifest import Manifest, Weight
+from pocketlm.manifest import Manifest
+from tests.verify.fault_places import (
+    Place,
+    Rows,
+    all_layers,
+    bias_places,
+    chosen_layers,
+    int4_places,
+    kv_head_places,
+    scale_places,
+)
 
 __all__ = ["FAULTS", "Place", "Rows", "places"]
 
 MODELS = ("model.onnx", "head.onnx")
 NORMS = ("RMSNormalization", "SkipSimplifiedLayerNormalization")
-
-
-class Rows(NamedTuple):
-    """Rows ``start..stop`` of a constant."""
-
-    entry: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a fault goes: ``rows`` of weights, an operator of ``layer``, or the norm of this ``index``. ``part`` tells
-    kinds of one fault apart; ``file`` is the model that is edited."""
-
-    layer: int = -1
-    part: str = ""
-    rows: tuple[Rows, ...] = ()
-    index: int = -1
-    file: str = "model.onnx"
-
-    def __str__(self) -> str:
-        layer = f"layer {self.layer}" if self.layer >= 0 else ""
-        index = f"norm {self.index}" if self.index >= 0 else ""
-        rows = [f"{entry}[{start}:{stop}]" for entry, start, stop in self.rows]
-        return " ".join(part for part in (self.file, layer, index, self.part, *rows) if part)
 
 
 def places(fault: str, folder: Path, manifest: Manifest) -> list[Place]:
@@ -202,7 +184,7 @@ def exchange_scales(folder: Path, place: Place) -> None:
 
 def enlarge_epsilon(folder: Path, place: Place) -> None:
     """A thousand times."""
-    with edited(folder / place.file) as model:
+    with edited(folder / place.scope) as model:
         attribute(norms(model)[place.index], "epsilon").f *= 1000
 
 
@@ -257,7 +239,7 @@ def untie_head(folder: Path, place: Place) -> None:
     In the copy a twentieth of the codes is off by one (``noise``), or row 7 is replaced by row 8 (``row``).
     """
     kind, _, where = place.part.partition(" of ")
-    for index, name in enumerate(MODELS if place.file == "both" else (place.file,)):
+    for index, name in enumerate(MODELS if place.scope == "both" else (place.scope,)):
         with edited(folder / name) as model:
             node, position = embedding(model) if where == "the embedding" else head(model)
             source = tensor(model, node.input[position])
@@ -320,16 +302,6 @@ def is_int4(node: NodeProto) -> bool:
 # Where each fault can be
 
 
-def chosen_layers(layers: Iterable[int]) -> list[int]:
-    """The first, the middle and the last."""
-    found = list(layers)
-    return [found[index] for index in sorted({0, len(found) // 2, len(found) - 1})] if found else []
-
-
-def all_layers(_folder: Path, manifest: Manifest) -> list[Place]:
-    return [Place(layer) for layer in chosen_layers(range(manifest.model.layers))]
-
-
 def rotated_layers(folder: Path, manifest: Manifest) -> list[Place]:
     model = load(folder)
     return [Place(layer) for layer in chosen_layers(x for x in range(manifest.model.layers) if rotations(model, x))]
@@ -354,43 +326,10 @@ def position_places(folder: Path, manifest: Manifest) -> list[Place]:
     return [Place(layer, "cache") for layer in layers] + [Place(layer, "rotation") for layer in outside]
 
 
-def rows_of(weight: Weight) -> Rows:
-    place = weight.places["onnx"]
-    return Rows(place.entry, place.first_row, place.first_row + weight.shape[0])
-
-
-def layer_of(name: str) -> int:
-    """-1 outside layers."""
-    return int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else -1
-
-
-def weight_places(manifest: Manifest, suffix: str, schemes: Iterable[str], part: str = "") -> list[Place]:
-    """Weights of the chosen layers, and those outside layers, by the end of their name."""
-    layers = (-1, *chosen_layers(range(manifest.model.layers)))
-    return [
-        Place(layer_of(name), part, (rows_of(weight),))
-        for name, weight in manifest.weights.items()
-        if name.endswith(suffix) and weight.scheme in schemes and layer_of(name) in layers
-    ]
-
-
-def bias_places(_folder: Path, manifest: Manifest) -> list[Place]:
-    return weight_places(manifest, ".bias", ("fp32",))
-
-
-def int4_places(_folder: Path, manifest: Manifest) -> list[Place]:
-    return weight_places(manifest, ".weight", ("int4",))
-
-
-def scale_places(_folder: Path, manifest: Manifest) -> list[Place]:
-    groups = [place for part in ("row", "columns") for place in weight_places(manifest, ".weight", ("int4",), part)]
-    return groups + weight_places(manifest, ".weight", ("int8",), "rows")
-
-
 def norm_places(folder: Path, _manifest: Manifest) -> list[Place]:
     """Every one of both models."""
     return [
-        Place(index=index, file=file)
+        Place(index=index, scope=file)
         for file in MODELS
         for index in range(len(norms(onnx.load(str(folder / file), load_external_data=False))))
     ]
@@ -409,21 +348,9 @@ def soft_capped_layers(folder: Path, manifest: Manifest) -> list[Place]:
     return [Place(layer) for layer in chosen_layers(x for x in layers if attribute(attention(model, x), "softcap").f)]
 
 
-def kv_head_places(_folder: Path, manifest: Manifest) -> list[Place]:
-    """Keys and values of a layer together."""
-    if manifest.model.kv_heads == 1:
-        return []
-    found = []
-    for layer in chosen_layers(range(manifest.model.layers)):
-        names = [name for name in manifest.weights if layer_of(name) == layer]
-        sides = [name for name in names if ".k_proj." in name or ".v_proj." in name]
-        found.append(Place(layer, rows=tuple(rows_of(manifest.weights[name]) for name in sides)))
-    return found
-
-
 def head_places(_folder: Path, _manifest: Manifest) -> list[Place]:
-    heads = [Place(part=part, file=file) for part in ("noise", "row") for file in ("both", *MODELS)]
-    return [*heads, Place(part="noise of the embedding"), Place(part="row of the embedding")]
+    heads = [Place(part=part, scope=file) for part in ("noise", "row") for file in ("both", *MODELS)]
+    return [*heads, *(Place(part=f"{kind} of the embedding", scope="model.onnx") for kind in ("noise", "row"))]
 
 
 FAULTS: Mapping[str, Callable[[Path, Place], None]] = {
@@ -448,14 +375,14 @@ PLACES: Mapping[str, Callable[[Path, Manifest], list[Place]]] = {
     "rotary pairs interleaved": rotated_layers,
     "rotary table one row off": rotary_tables,
     "position off by one": position_places,
-    "a bias missing": bias_places,
-    "nibbles swapped": int4_places,
-    "scales of two groups exchanged": scale_places,
+    "a bias missing": lambda _, manifest: bias_places("onnx", manifest),
+    "nibbles swapped": lambda _, manifest: int4_places("onnx", manifest),
+    "scales of two groups exchanged": lambda _, manifest: scale_places("onnx", manifest),
     "a norm's epsilon x1000": norm_places,
-    "one layer skipped": all_layers,
+    "one layer skipped": lambda _, manifest: all_layers(manifest),
     "window ignored": windowed_layers,
     "window one too wide": windowed_layers,
     "soft cap ignored": soft_capped_layers,
-    "key/value heads paired wrongly": kv_head_places,
+    "key/value heads paired wrongly": lambda _, manifest: kv_head_places("onnx", manifest),
     "lm head untied": head_places,
 }

@@ -223,7 +223,7 @@ def test_an_ignored_soft_cap_shows(written, tmp_path):
     lane = Lane(name="reference", runs=RUNS, weights=weights, stored=reader.stored)
     reference = run_lanes(graph, [lane])["reference"]
     found = places("soft cap ignored", package, bundle.manifest)
-    assert [place.layer for place in found if not place.function] == [0, 2]
+    assert [place.layer for place in found if not place.scope] == [0, 2]
     for number, place in enumerate(found):
         faulty = shutil.copytree(package, tmp_path / f"{number}.mlpackage")
         FAULTS["soft cap ignored"](faulty, place)
