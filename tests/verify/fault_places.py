@@ -41,7 +41,7 @@ class Place:
     def __str__(self) -> str:
         layer = f"layer {self.layer}" if self.layer >= 0 else ""
         index = f"norm {self.index}" if self.index >= 0 else ""
-        rows = [f"{entry[:16]}[{start}:{stop}]" for entry, start, stop in self.rows]
+        rows = [f"{entry[:40]}[{start}:{stop}]" for entry, start, stop in self.rows]
         scope = f"{self.scope} alone" if self.scope else ""
         return " ".join(part for part in (layer, index, self.part, *rows, scope) if part)
 
