@@ -6,8 +6,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies
 from safetensors.numpy import save_file
 
 from pocketlm.errors import CheckpointError
@@ -118,6 +120,89 @@ def test_a_damaged_entry_is_made_again(damage, matrix, tmp_path):
     assert path.stat().st_size == size
 
 
+class StoredEntry:
+    """A store with one entry of each row, and what they hold."""
+
+    def __init__(self, folder: Path) -> None:
+        values = np.random.default_rng(0).normal(size=(70, 96)).astype(np.float32)
+        self.store = WeightStore(folder / "store")
+        self.source = tensors(folder, w=values)
+        self.paths, self.whole, self.codes, self.scales = {}, {}, {}, {}
+        for row in (INT4, INT8):
+            before = set(self.store.entries())
+            self.store.quantized(self.source, "w", row)
+            (self.paths[row],) = set(self.store.entries()) - before
+            self.whole[row] = self.paths[row].read_bytes()
+            self.codes[row], self.scales[row] = quantize_rows(values, row)
+
+    def made_again(self, row, content: bytes) -> bool:
+        """Put ``content`` in the place of the entry, ask for it, and see that it is right whether made or found."""
+        self.paths[row].unlink()
+        self.paths[row].write_bytes(content)
+        entry, made = self.store.quantized(self.source, "w", row)
+        np.testing.assert_array_equal(entry.codes(), self.codes[row])
+        np.testing.assert_array_equal(entry.scales(), self.scales[row])
+        if made:
+            assert self.paths[row].read_bytes() == self.whole[row]
+        return made
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> StoredEntry:
+    return StoredEntry(tmp_path_factory.mktemp("stored"))
+
+
+@hypothesis.given(row=strategies.sampled_from((INT4, INT8)), data=strategies.data())
+def test_a_changed_byte_of_codes_or_scales_makes_the_entry_again(row, data, stored):
+    content = bytearray(stored.whole[row])
+    header = 8 + int.from_bytes(content[:8], "little")
+    changes = strategies.tuples(strategies.integers(header, len(content) - 1), strategies.integers(1, 255))
+    for place, change in data.draw(strategies.lists(changes, min_size=1, max_size=4, unique_by=lambda pair: pair[0])):
+        content[place] ^= change
+    assert stored.made_again(row, bytes(content))
+
+
+@hypothesis.given(row=strategies.sampled_from((INT4, INT8)), data=strategies.data())
+def test_a_changed_header_is_never_believed(row, data, stored):
+    content = bytearray(stored.whole[row])
+    header = 8 + int.from_bytes(content[:8], "little")
+    changes = strategies.tuples(strategies.integers(0, header - 1), strategies.integers(1, 255))
+    for place, change in data.draw(strategies.lists(changes, min_size=1, max_size=4)):
+        content[place] ^= change
+    stored.made_again(row, bytes(content))
+
+
+@hypothesis.given(row=strategies.sampled_from((INT4, INT8)), data=strategies.data())
+def test_a_truncated_or_longer_entry_is_made_again(row, data, stored):
+    whole = stored.whole[row]
+    if data.draw(strategies.booleans()):
+        assert stored.made_again(row, whole[: data.draw(strategies.integers(0, len(whole) - 1))])
+    else:
+        assert stored.made_again(row, whole + data.draw(strategies.binary(min_size=1, max_size=9)))
+
+
+@pytest.mark.parametrize(
+    ("written", "another"),
+    ((b'"BF16"', b'"F16" '), (b'"shape":[70,48]', b'"shape":[48,70]'), (b'"shape":[70,3]', b'"shape":[3,70]')),
+)
+def test_a_header_that_reads_the_same_bytes_otherwise_is_made_again(written, another, stored):
+    assert written in stored.whole[INT4]
+    assert stored.made_again(INT4, stored.whole[INT4].replace(written, another))
+
+
+def test_an_entry_in_the_place_of_another_is_made_again(tmp_path):
+    values = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+    store, source = WeightStore(tmp_path / "store"), tensors(tmp_path, a=values, b=-2 * values)
+    store.quantized(source, "a", INT4)
+    (first,) = store.entries()
+    store.quantized(source, "b", INT4)
+    (second,) = set(store.entries()) - {first}
+    second.write_bytes(first.read_bytes())
+    entry, made = store.quantized(source, "b", INT4)
+    assert made
+    np.testing.assert_array_equal(entry.codes(), quantize_rows(-2 * values, INT4)[0])
+
+
 @pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
 def test_a_value_that_is_not_finite_names_tensor_and_index_and_leaves_nothing(bad, matrix, tmp_path):
     matrix[61, 5] = bad
@@ -141,6 +226,39 @@ def test_prune_removes_the_least_recently_used(matrix, tmp_path):
     assert not made, "the newest entry must stay"
     assert store.prune() == size
     assert store.size() == 0
+
+
+def test_what_is_pruned_stays_readable_where_it_is_open(matrix, tmp_path):
+    store = WeightStore(tmp_path / "store")
+    entry, _ = store.quantized(tensors(tmp_path, a=matrix), "a", INT4)
+    assert store.prune() > 0
+    entry.file.release()
+    np.testing.assert_array_equal(entry.codes(), quantize_rows(matrix, INT4)[0])
+
+
+def test_prune_removes_what_a_killed_process_was_writing_and_nothing_that_is_being_written(matrix, tmp_path):
+    store, source = WeightStore(tmp_path / "store"), tensors(tmp_path, a=matrix)
+    store.quantized(source, "a", INT4)
+    (entry,) = store.entries()
+    left = entry.with_name(f".{entry.name}.0123456789abcdef")
+    held = entry.with_name(f".{entry.name}.fedcba9876543210")
+    for path in (left, held):
+        path.write_bytes(b"half")
+    program = f"""
+from pathlib import Path
+from pocketlm_export.ownership import hold
+assert hold(Path({str(held)!r})) is not None
+print(flush=True)
+input()
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        store.prune(limit=store.size())
+        assert (entry.exists(), left.exists(), held.exists()) == (True, False, True)
+        writer.kill()
+    store.prune(limit=store.size())
+    assert (entry.exists(), held.exists()) == (True, False)
 
 
 def test_using_an_entry_makes_it_recent(matrix, tmp_path):

@@ -60,7 +60,8 @@ class Tensors:
         if name not in self._digests:
             info = self._files[name].tensors[name]
             digest = hashlib.sha256(f"{info.dtype} {list(info.shape)}\n".encode())
-            digest.update(self._files[name].buffer(name))
+            for chunk in self._files[name].chunks(name):
+                digest.update(chunk)
             self._digests[name] = digest.hexdigest()
         return self._digests[name]
 
@@ -86,7 +87,6 @@ class Checkpoint:
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for name in sorted(weights):
             digest.update(f"{name} {self.tensors.digest(name)}\n".encode())
-            self.tensors.source(name).release(name)
         return digest.hexdigest()
 
     def check_tensors(self, weights: Mapping[str, WeightInfo], accept: Collection[str] = ()) -> None:

@@ -32,6 +32,7 @@ __all__ = [
 LONGEST_HEADER = 100_000_000  # the limit of the reference implementation
 MOST_DIMENSIONS = 32
 LARGEST_EXTENT = 1 << 56
+CHUNK = 16 << 20  # bytes that are resident at once where only bytes are asked for
 ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
@@ -139,6 +140,13 @@ class TensorFile:
         info = self.tensors[name]
         return memoryview(self._map)[self._data_start + info.start : self._data_start + info.stop]
 
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The tensor's bytes in order; pages are released behind the reader."""
+        content = self.buffer(name)
+        for start in range(0, len(content), CHUNK):
+            yield content[start : start + CHUNK]
+            self.release(name)
+
     def raw(self, name: str) -> npt.NDArray[Any]:
         """The tensor as stored, mapped and read-only; bfloat16 as its bit patterns in uint16."""
         info = self.tensors[name]
@@ -147,6 +155,7 @@ class TensorFile:
     def float_blocks(self, name: str, elements: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """``(first row, float32 values)`` of a tensor's blocks of rows, about ``elements`` values each.
 
+        Pages are released behind the reader.
         Raises :class:`CheckpointError` for a tensor that isn't floating point or holds NaN or infinity.
         """
         info = self.tensors[name]
@@ -163,6 +172,7 @@ class TensorFile:
                 place[0] += start
                 raise CheckpointError(f"{self.path}: {name}{place.tolist()} is not finite")
             yield start, values
+            self.release(name)
 
     def values(self, name: str) -> npt.NDArray[np.float32]:
         """The whole tensor in float32, checked as in :meth:`float_blocks`."""
@@ -176,6 +186,8 @@ class TensorFile:
             self._map.madvise(mmap.MADV_DONTNEED)
             return
         info = self.tensors[name]
+        if info.start == info.stop:
+            return
         start = (self._data_start + info.start) // mmap.PAGESIZE * mmap.PAGESIZE
         self._map.madvise(mmap.MADV_DONTNEED, start, self._data_start + info.stop - start)
 

@@ -2,8 +2,12 @@
 
 An entry is a safetensors file with ``codes`` (int8, or uint8 with two nibbles a byte, the even column low) and
 ``scales`` (bfloat16). Its name is the sha256 of the source's bytes, dtype and shape, of the scheme row and of the
-calibration, so that a changed input is another entry. Entries are written beside their place and renamed into it: a
-reader sees a whole entry or none.
+calibration, so that a changed input is another entry. Entries are written beside their place, read back and renamed
+into it: a reader sees a whole entry or none, and one that isn't what its name and its own digest say is made again.
+
+Whoever has an entry open keeps its content: a file that is mapped outlives its name, so pruning takes nothing from an
+export that runs, and its disk space returns when that export ends. Two exports that miss the same entry both make it,
+from the same bytes the same bytes; the later name wins.
 """
 
 import contextlib
@@ -11,7 +15,6 @@ import hashlib
 import json
 import os
 import secrets
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ import numpy.typing as npt
 from pocketlm.errors import CheckpointError, InputError
 from pocketlm_export.checkpoint.checkpoint import Tensors
 from pocketlm_export.checkpoint.tensors import TensorFile, bfloat16_to_float32
+from pocketlm_export.ownership import abandoned, hold
 from pocketlm_export.quantization.rounding import pack_nibbles, quantize_rows, unpack_nibbles
 from pocketlm_export.quantization.schemes import SchemeRow
 
@@ -30,7 +34,6 @@ __all__ = ["LIMIT", "ContentDigest", "QuantizedTensor", "WeightStore", "default_
 
 FORMAT = "1"  # of the entries; a change of the rounding is a change of the format
 LIMIT = 32 << 30  # bytes that an export leaves in the store
-ABANDONED_SECONDS = 24 * 3600  # after which an unfinished entry belongs to a process that was killed
 READ_ELEMENTS = 1 << 20
 BLOCK_ELEMENTS = 1 << 19  # float32 temporaries of one block stay in the cache of a core
 
@@ -72,10 +75,14 @@ class QuantizedTensor:
         return str(self.file.metadata["sha256"])
 
     def row_ranges(self) -> Iterator[tuple[int, int]]:
-        """``(start, stop)`` of blocks of rows that are read together, in order: about a million codes each."""
+        """``(start, stop)`` of blocks of rows that are read together, in order: about a million codes each.
+
+        Pages are released behind the reader; a block that is looked at again is mapped again.
+        """
         step = max(1, READ_ELEMENTS // self.shape[1])
         for start in range(0, self.shape[0], step):
             yield start, min(start + step, self.shape[0])
+            self.file.release()
 
     def packed(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
         """Bytes of the codes of rows ``start..stop``: int4 ``[n, K/2]`` as packed, int8 ``[n, K]`` as bit patterns."""
@@ -89,7 +96,9 @@ class QuantizedTensor:
 
     def scales(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
         """float32 ``[n, groups]``, one group a row for a row without groups."""
-        return bfloat16_to_float32(self.file.raw("scales")[start:stop])
+        values = bfloat16_to_float32(self.file.raw("scales")[start:stop])
+        self.file.release("scales")
+        return values
 
     def dequantized(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
         """float32 ``[n, K]``: code times scale, exact in float32."""
@@ -125,23 +134,28 @@ class WeightStore:
         """
         rows, columns = tensors.shape(name)
         path = self._path(tensors, name, row)
-        found = self._open(path, row, (rows, columns))
+        found = self._open(path, path.stem, row, (rows, columns))
         if found is not None:
             with contextlib.suppress(OSError):  # a store that is only read, or that another process prunes
                 os.utime(path)
             return found, False
         with self._writing():
             path.parent.mkdir(exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            temporary, descriptor = _make_temporary(path)
             try:
-                self._write(temporary, tensors, name, row)
+                self._write(temporary, path.stem, tensors, name, row)
+                made = self._open(temporary, path.stem, row, (rows, columns))
+                if made is None:
+                    raise CheckpointError(f"{path}: the entry just written can't be read back: is the disk failing?")
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
-        made = self._open(path, row, (rows, columns))
-        if made is None:
-            raise CheckpointError(f"{path}: the entry just written can't be read back: is the disk failing?")
+                os.close(descriptor)
         return made, True
+
+    def has(self, tensors: Tensors, name: str, row: SchemeRow) -> bool:
+        """Whether there is an entry of tensor ``name``; it isn't opened."""
+        return self._path(tensors, name, row).exists()
 
     def entries(self) -> Iterator[Path]:
         """Every whole entry."""
@@ -154,11 +168,10 @@ class WeightStore:
     def prune(self, limit: int = 0) -> int:
         """Delete the entries least recently used until at most ``limit`` bytes stay; returns the bytes freed.
 
-        What killed processes left unfinished goes too. A process that has an entry mapped keeps reading it.
+        What killed processes left unfinished goes too. A process that has an entry open keeps reading it.
         """
-        for path, status in _present(self.root.glob("*/.*")):
-            if time.time() - status.st_mtime > ABANDONED_SECONDS:
-                path.unlink(missing_ok=True)
+        for path in abandoned(self.root.glob("*/.*")):
+            path.unlink(missing_ok=True)
         kept = freed = 0
         for path, status in sorted(_present(self.entries()), key=lambda entry: entry[1].st_mtime, reverse=True):
             kept += status.st_size
@@ -173,8 +186,8 @@ class WeightStore:
         return self.root / key[:2] / f"{key}.safetensors"
 
     @staticmethod
-    def _open(path: Path, row: SchemeRow, shape: tuple[int, int]) -> QuantizedTensor | None:
-        """The entry at ``path``; None if there is none or it is damaged, in which case it is made again."""
+    def _open(path: Path, key: str, row: SchemeRow, shape: tuple[int, int]) -> QuantizedTensor | None:
+        """The entry ``key`` at ``path``; None if there is none or it is damaged, in which case it is made again."""
         if not path.exists():
             return None
         try:
@@ -184,18 +197,32 @@ class WeightStore:
             return None
         rows, columns = shape
         expected = (rows, columns // 2 if row.bits == 4 else columns), (rows, row.groups(columns))
-        if (codes.shape, scales.shape) != expected:
+        if (codes.shape, scales.shape) != expected or (codes.dtype, scales.dtype) != (_code_type(row), "BF16"):
             return None
-        if file.metadata.get("sha256") != _payload_digest(file):
+        if file.metadata.get("key") != key or file.metadata.get("sha256") != _payload_digest(file):
             return None
         return QuantizedTensor(row, shape, file)
 
     @staticmethod
-    def _write(path: Path, tensors: Tensors, name: str, row: SchemeRow) -> None:
-        with _EntryWriter(path, tensors.shape(name), row) as entry:
+    def _write(path: Path, key: str, tensors: Tensors, name: str, row: SchemeRow) -> None:
+        with _EntryWriter(path, key, tensors.shape(name), row) as entry:
             for start, values in tensors.blocks(name, BLOCK_ELEMENTS):
                 codes, scales = quantize_rows(values, row)
                 entry.put(start, pack_nibbles(codes) if row.bits == 4 else codes.view(np.uint8), scales)
+
+
+def _make_temporary(path: Path) -> tuple[Path, int]:
+    """A file beside ``path`` that this process holds, and the descriptor that does."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        temporary.touch()
+        descriptor = hold(temporary)
+        if descriptor is not None:
+            return temporary, descriptor
+
+
+def _code_type(row: SchemeRow) -> str:
+    return "U8" if row.bits == 4 else "I8"
 
 
 def _present(paths: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
@@ -211,14 +238,14 @@ def _present(paths: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
 class _EntryWriter:
     """Writes codes and scales block by block into a file whose sizes are known beforehand."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], row: SchemeRow) -> None:
+    def __init__(self, path: Path, key: str, shape: tuple[int, ...], row: SchemeRow) -> None:
         rows, columns = shape
         self._width = columns // 2 if row.bits == 4 else columns
         self._groups = row.groups(columns)
         size = rows * self._width
         self._tensors = {
             "codes": {
-                "dtype": "U8" if row.bits == 4 else "I8",
+                "dtype": _code_type(row),
                 "shape": [rows, self._width],
                 "data_offsets": [0, size],
             },
@@ -228,13 +255,16 @@ class _EntryWriter:
                 "data_offsets": [size, size + 2 * rows * self._groups],
             },
         }
+        self._key = key
         self._scales_start = size
         self._digest_place = len(self._header("0" * 64))
         self._file = path.open("w+b")
         self._digest = ContentDigest()
 
     def _header(self, digest: str) -> bytes:
-        text = json.dumps({"__metadata__": {"sha256": digest}, **self._tensors}, separators=(",", ":")).encode()
+        text = json.dumps(
+            {"__metadata__": {"key": self._key, "sha256": digest}, **self._tensors}, separators=(",", ":")
+        ).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
@@ -260,5 +290,8 @@ class _EntryWriter:
 
 def _payload_digest(file: TensorFile) -> str:
     digest = ContentDigest()
-    digest.update(file.buffer("codes"), file.buffer("scales"))
+    for chunk in file.chunks("codes"):
+        digest.update(chunk, b"")
+    for chunk in file.chunks("scales"):
+        digest.update(b"", chunk)
     return digest.hexdigest()

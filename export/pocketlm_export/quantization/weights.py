@@ -80,8 +80,6 @@ def quantize(
 
     def work(name: str) -> tuple[str, QuantizedTensor, bool]:
         entry, made = store.quantized(tensors, name, wanted[name])
-        tensors.source(name).release(name)
-        entry.file.release()
         progress(name, entry.shape[0] * entry.shape[1])
         return name, entry, made
 
