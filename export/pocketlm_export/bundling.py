@@ -8,9 +8,10 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -32,6 +33,7 @@ from pocketlm_export.backends.base import Artifact
 from pocketlm_export.checkpoint.checkpoint import Checkpoint
 from pocketlm_export.graph.graph import Graph
 from pocketlm_export.options import ExportOptions
+from pocketlm_export.ownership import abandoned, hold
 from pocketlm_export.quantization.schemes import SchemeRow, stored_bits
 from pocketlm_export.quantization.weights import Weights
 
@@ -43,6 +45,10 @@ ARTIFACT_PATHS = {"onnx": "onnx/model.onnx", "executorch": "executorch/model.pte
 
 class BundleWriter:
     """A folder that becomes ``output`` at :meth:`commit`, or vanishes.
+
+    Until then it lies beside ``output`` in ``.NAME.XXXXXXXX.partial``, which the process holds
+    (:mod:`pocketlm_export.ownership`). One that a killed export left is removed by the next export to this place, and
+    what it had moved away to replace is put back.
 
     Raises :class:`InputError` if ``output`` exists and ``force`` is false, or can't be written, or its disk gets full:
     an :class:`OSError` within the context becomes one.
@@ -64,7 +70,9 @@ class BundleWriter:
         self._made_parents = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self._scratch = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=parent))
+            self._remove_abandoned()
+            self._refuse_existing()
+            self._scratch, self._hold = self._make_scratch()
         except OSError as error:
             self._remove_made_parents()
             raise InputError(f"{parent}: can't be written: {error.strerror}") from error
@@ -74,9 +82,35 @@ class BundleWriter:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         shutil.rmtree(self._scratch, ignore_errors=True)
+        os.close(self._hold)
         self._remove_made_parents()
         if isinstance(error, OSError):
             raise InputError(f"{self._place(error)}: {error.strerror or error}") from error
+
+    def _make_scratch(self) -> tuple[Path, int]:
+        while True:
+            scratch = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", suffix=".partial", dir=self.output.parent))
+            descriptor = hold(scratch)
+            if descriptor is not None:
+                return scratch, descriptor
+
+    def _remove_abandoned(self) -> None:
+        name = re.compile(rf"\.{re.escape(self.output.name)}\.[a-z0-9_]{{8}}\.partial")  # as mkdtemp makes them
+        for scratch in abandoned(path for path in self.output.parent.iterdir() if name.fullmatch(path.name)):
+            with self._parent_locked():
+                if (scratch / "replaced").exists() and not self.output.exists():
+                    (scratch / "replaced").rename(self.output)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _parent_locked(self) -> Iterator[None]:
+        """One export at a time moves bundles in this folder."""
+        lock = os.open(self.output.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
 
     def _place(self, error: OSError) -> str:
         """The file that the user knows: a full disk is the output's, whatever file was being copied to it."""
@@ -169,9 +203,7 @@ class BundleWriter:
 
     def commit(self) -> None:
         """Move the bundle to its place in one step. Raises :class:`InputError` if another export was there first."""
-        lock = os.open(self.output.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._parent_locked():
             self._refuse_existing()
             if not self.output.exists():
                 self._folder.rename(self.output)
@@ -183,8 +215,6 @@ class BundleWriter:
             except BaseException:
                 replaced.rename(self.output)
                 raise
-        finally:
-            os.close(lock)
 
     def _records(self) -> dict[str, FileRecord]:
         records = {}
