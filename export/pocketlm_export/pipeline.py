@@ -13,6 +13,7 @@ from pocketlm_export.bundling import BundleWriter
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from pocketlm_export.checkpoint.hub import locate
 from pocketlm_export.checkpoint.text import open_text, with_tokenizer_stop
+from pocketlm_export.disk_space import require_space
 from pocketlm_export.golden import write_golden
 from pocketlm_export.graph.graph import Graph
 from pocketlm_export.graph.stored import GraphStore
@@ -57,10 +58,11 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
         backends = {name: load_backend(name) for name in options.targets}
         for backend in backends.values():
             backend.check(graph, rows)
+        store = WeightStore(root)
+        require_space(writer.output, store, checkpoint, graph, rows, options.targets)
 
         elements = checkpoint.tensors.elements(weights_needed)
         progress.stage("quantize", elements)
-        store = WeightStore(root)
         weights = quantize(checkpoint.tensors, rows, store, progress.advance)
         store.prune(STORE_LIMIT)
 

@@ -1,17 +1,20 @@
 """What the machine refuses: a full disk, a place that is not writable. One error names the place, nothing is left."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
 import resource
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import pocketlm
 from pocketlm.errors import InputError
+from pocketlm_export import Progress
 from tests.small_checkpoint import write_small_checkpoint
 
 TARGETS = ("onnx", "executorch", "coreml")
@@ -66,21 +69,64 @@ def test_a_disk_that_gets_full_while_the_store_is_written(prepared, tmp_path):
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("kilobytes", (16, 64, 96))
-def test_a_small_file_system(kilobytes, prepared, tmp_path):
-    place = tmp_path / "small-disk"
+@contextlib.contextmanager
+def small_file_system(place: Path, kilobytes: int) -> Iterator[Path]:
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", place]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("not run: needs the right to mount a small file system; the limits above act like one")
-    source, store, _ = prepared
     try:
-        with pytest.raises(InputError) as caught:
-            pocketlm.export(source, place / "bundle", targets=("onnx",), store=store, verify=False)
-        assert str(caught.value) == f"{place / 'bundle'}: can't be written: No space left on device"
-        assert list(place.iterdir()) == []
+        yield place
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+NEEDS = r"the export needs \d\.\d MB there, and \d\.\d MB are free; make room, or choose other places"
+
+
+@pytest.mark.parametrize("kilobytes", (16, 96, 1024))
+def test_too_small_a_disk_for_the_bundle_is_refused_before_the_work(kilobytes, prepared, tmp_path):
+    source, store, _ = prepared
+    stages = []
+    with small_file_system(tmp_path / "small-disk", kilobytes) as place:
+        with pytest.raises(InputError, match=f"^{place / 'bundle'}: {NEEDS}"):
+            export_here(source, place / "bundle", store, stages)
+        assert list(place.iterdir()) == []
+    assert stages == ["read", "trace"]
+
+
+def test_too_small_a_disk_for_the_store_is_refused_before_the_work(prepared, tmp_path):
+    source, _, _ = prepared
+    stages = []
+    with small_file_system(tmp_path / "small-disk", 1024) as place:
+        with pytest.raises(InputError, match=f"^{place / 'weights'}: {NEEDS}"):
+            export_here(source, tmp_path / "bundle", place, stages)
+        assert not list((place / "weights").iterdir())
+    assert stages == ["read", "trace"]
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_one_disk_for_bundle_and_store_needs_the_sum(tmp_path):
+    source = write_small_checkpoint(tmp_path / "source", num_hidden_layers=8, hidden_size=256, intermediate_size=512)
+    places = f"{tmp_path / 'small-disk' / 'bundle'} and {tmp_path / 'small-disk' / 'store' / 'weights'}"
+    with (
+        small_file_system(tmp_path / "small-disk", 6500) as place,
+        pytest.raises(InputError, match=f"^{places}: {NEEDS}"),
+    ):
+        export_here(source, place / "bundle", place / "store", [])
+
+
+def test_what_the_store_holds_is_not_needed_again(tmp_path):
+    source = write_small_checkpoint(tmp_path / "source", num_hidden_layers=8, hidden_size=256, intermediate_size=512)
+    with small_file_system(tmp_path / "small-disk", 8500) as place:
+        for _ in range(2):  # the second time there is room for the bundle alone
+            export_here(source, place / "bundle", place / "store", []).check_files()
+            shutil.rmtree(place / "bundle")
+
+
+def export_here(source: Path, output: Path, store: Path, stages: list[str]) -> pocketlm.Bundle:
+    progress = Progress(stage=lambda name, _elements: stages.append(name))
+    return pocketlm.export(source, output, targets=("onnx",), store=store, verify=False, progress=progress)
 
 
 def test_a_place_that_is_no_folder(prepared, tmp_path):
