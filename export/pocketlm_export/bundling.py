@@ -188,6 +188,7 @@ class BundleWriter:
             weights={
                 name: Weight(
                     scheme=_scheme_name(weights.row(name)),
+                    group=_group(weights.row(name)),
                     sha256=weights.sha256(name),
                     shape=list(weight.shape),
                     places={
@@ -231,6 +232,10 @@ def _scheme_name(row: SchemeRow | None) -> SchemeName:
     return "fp32" if row is None else row.name
 
 
+def _group(row: SchemeRow | None) -> int | None:
+    return None if row is None else row.group
+
+
 def _model(checkpoint: Checkpoint, context_length: int) -> Model:
     config, generation = checkpoint.config, checkpoint.generation
     return Model(
@@ -261,5 +266,6 @@ def _scheme(graph: Graph, options: ExportOptions, weights: Weights) -> Scheme:
         linears=options.scheme,
         embedding=_scheme_name(weights.row(graph.embedding.weight.name)),
         head=_scheme_name(weights.row(graph.head.weights[0].name)),
+        group=options.group if any(_group(weights.row(name)) for name in needed) else None,
         bits_per_weight=round(bits / elements, 4),
     )

@@ -8,7 +8,7 @@ from typing import Any
 from pocketlm.errors import InputError
 from pocketlm.manifest import SchemeName
 from pocketlm_export.backends.base import TARGETS
-from pocketlm_export.quantization.schemes import HEADS, SCHEMES
+from pocketlm_export.quantization.schemes import GROUPS, HEADS, SCHEMES
 
 __all__ = ["ExportOptions", "read_recipe"]
 
@@ -19,6 +19,7 @@ DEFAULT_CONTEXT = 4096
 class ExportOptions:
     """The options of ``pocketlm export``; a recipe file holds the same keys.
 
+    ``group``: how many columns of an int4 matrix share a scale; a matrix that it doesn't divide takes a smaller one.
     ``context`` None: the smaller of the model's and 4096. ``accept`` names configuration keys and tensors of the
     checkpoint to ignore. ``store`` None: the default store. ``verify``: end with a certificate; ``oracle`` names the
     independent implementation that takes part in it.
@@ -27,6 +28,7 @@ class ExportOptions:
     targets: tuple[str, ...] = TARGETS
     scheme: SchemeName = "int4"
     head: SchemeName = "int8"
+    group: int = GROUPS[0]
     context: int | None = None
     accept: tuple[str, ...] = ()
     store: Path | None = None
@@ -44,6 +46,12 @@ class ExportOptions:
             raise InputError(f"unknown scheme {self.scheme!r}; valid: {', '.join(SCHEMES)}")
         if self.head not in HEADS:
             raise InputError(f"unknown head {self.head!r}; valid: {', '.join(HEADS)}")
+        if isinstance(self.group, bool) or self.group not in GROUPS:
+            raise InputError(f"group must be one of {', '.join(map(str, GROUPS))}, not {self.group!r}")
+        if self.group != GROUPS[0] and (self.scheme == "fp32" or "int4" not in (self.scheme, self.head)):
+            raise InputError(
+                f"groups of {self.group} are int4's, but scheme {self.scheme} and head {self.head} have none"
+            )
         if self.oracle is not None and not self.verify:
             raise InputError("an oracle takes part in verification, which is switched off")
         if self.context is not None and (
@@ -61,8 +69,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
     kinds: dict[str, type] = {
-        "targets": list, "accept": list, "scheme": str, "head": str, "context": int, "store": str, "force": bool,
-        "verify": bool, "oracle": str,
+        "targets": list, "accept": list, "scheme": str, "head": str, "group": int, "context": int, "store": str,
+        "force": bool, "verify": bool, "oracle": str,
     }  # fmt: skip
     valid = [field.name for field in fields(ExportOptions)]
     for key, value in content.items():

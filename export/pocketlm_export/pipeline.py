@@ -54,7 +54,7 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
         graph = GraphStore(root / "graphs").graph(checkpoint.config, context, trace_decoder)
         weights_needed = graph.weights()
         checkpoint.check_tensors(weights_needed, options.accept)
-        rows = assign_rows(graph, options.scheme, options.head)
+        rows = assign_rows(graph, options.scheme, options.head, options.group)
         backends = {name: load_backend(name) for name in options.targets}
         for backend in backends.values():
             backend.check(graph, rows)

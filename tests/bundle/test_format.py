@@ -53,8 +53,10 @@ def test_a_written_manifest_is_valid(schema, bundle):
         lambda m: m["model"].update(layers=0),
         lambda m: m["model"].update(layers="2"),
         lambda m: m.pop("files"),
+        lambda m: next(w for w in m["weights"].values() if w["scheme"] == "int4").pop("group"),
+        lambda m: next(w for w in m["weights"].values() if w["scheme"] == "fp32").update(group=32),
     ),
-    ids=("key", "nested-key", "scheme", "target", "hash", "zero", "text", "missing"),
+    ids=("key", "nested-key", "scheme", "target", "hash", "zero", "text", "missing", "no-group", "group"),
 )
 def test_schema_and_types_refuse_the_same(change, schema, bundle):
     content = json.loads((bundle / "manifest.json").read_text())

@@ -55,7 +55,7 @@ def write_bundle(folder: Path) -> None:
 
 def sound_manifest() -> dict[str, Any]:
     """A manifest with every kind of key over the files of :func:`write_bundle`."""
-    weight = {"scheme": "int4", "sha256": "0" * 64, "shape": [300, 32]}
+    weight = {"scheme": "int4", "group": 32, "sha256": "0" * 64, "shape": [300, 32]}
     place = {"entry": "embed", "first_row": 0}
     return json.loads(
         json.dumps(
@@ -69,7 +69,7 @@ def sound_manifest() -> dict[str, Any]:
                 },
                 "scheme": {
                     "name": "int4", "linears": "int4", "embedding": "int8", "head": "int8", "vectors": "fp32",
-                    "bits_per_weight": 4.6,
+                    "group": 32, "bits_per_weight": 4.6,
                 },
                 "targets": {
                     "onnx": {

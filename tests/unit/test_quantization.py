@@ -13,7 +13,7 @@ from pocketlm_export.quantization.rounding import (
     quantize_rows,
     unpack_nibbles,
 )
-from pocketlm_export.quantization.schemes import HEADS, SCHEMES, SchemeRow, stored_bits
+from pocketlm_export.quantization.schemes import GROUPS, HEADS, SCHEMES, SchemeRow, fitting_row, scheme_row, stored_bits
 
 INT4, INT8 = SCHEMES["int4"], SCHEMES["int8"]
 ROWS = pytest.mark.parametrize("row", (INT4, INT8), ids=lambda row: row.name)
@@ -151,3 +151,14 @@ def test_rows_by_class_of_tensor(tiny_checkpoint):
     assert names["model.embed_tokens.weight"] == "int8"
     assert names["model.norm.weight"] is None
     assert set(assign_rows(graph, "fp32", "int4").values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("columns", "groups"),
+    ((4864, (32, 64, 128)), (576, (32, 64, 64)), (96, (32, 32, 32)), (100, (None, None, None))),
+)
+def test_a_group_that_does_not_divide_the_columns_gives_way_to_a_smaller_one(columns, groups):
+    rows = [fitting_row(scheme_row("int4", group), (8, columns)) for group in GROUPS]
+    assert [row.group for row in rows] == list(groups)
+    assert {row.name for row in rows} == {"int4" if groups[0] else "int8"}
+    assert fitting_row(scheme_row("int8"), (8, columns)) == INT8

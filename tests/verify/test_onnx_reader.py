@@ -144,7 +144,8 @@ def test_activations_are_rounded_block_by_block_half_to_even(tiny_bundle):
     x[0, 32:34] = 1, 0.002
     expected = np.zeros((1, 40), np.float32)
     expected[0, [0, 2, 32]] = 127, 2, 1
-    np.testing.assert_allclose(reader.round_activations(x), expected, rtol=1e-6)
+    rounded = reader.round_activations("model.layers.0.self_attn.q_proj.weight", x)
+    np.testing.assert_allclose(rounded, expected, rtol=1e-6)
     assert opened(tiny_bundle("llama-odd-widths", "fp32", "onnx")).round_activations is None
 
 

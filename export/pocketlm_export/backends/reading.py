@@ -172,8 +172,9 @@ class Reader(Protocol):
     notes: tuple[str, ...]
     """What a reader of the certificate should know about the checks of this artifact."""
 
-    round_activations: Callable[[Floats], Floats] | None
-    """float32 ``[rows, K]`` -> what the shipped kernels make of the inputs of a quantized linear; None: no rounding."""
+    round_activations: Callable[[str, Floats], Floats] | None
+    """Hugging Face name of a quantized linear's weight, float32 ``[rows, K]`` -> what the shipped kernels make of such
+    inputs; None: no rounding."""
 
     def rows(self, entry: str, start: int, stop: int) -> WrittenMatrix | Floats:
         """Rows ``start..stop`` of an entry of the manifest's ``places``: codes and scales, or float32 values."""

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pocketlm.manifest import SchemeName
 from pocketlm_export.graph.graph import Graph, Linear
 
-__all__ = ["HEADS", "SCHEMES", "SchemeRow", "assign_rows", "fitting_row", "stored_bits"]
+__all__ = ["GROUPS", "HEADS", "SCHEMES", "SchemeRow", "assign_rows", "fitting_row", "scheme_row", "stored_bits"]
+
+GROUPS = (32, 64, 128)  # sizes of int4's groups that every backend's kernels take; the first is the default
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +30,26 @@ class SchemeRow:
         return columns // (self.group or columns)
 
 
-INT4 = SchemeRow("int4", 4, 32, "fit")
+INT4 = SchemeRow("int4", 4, GROUPS[0], "fit")
 INT8 = SchemeRow("int8", 8, None, "absmax")
 
 SCHEMES: Mapping[SchemeName, SchemeRow | None] = {"fp32": None, "int8": INT8, "int4": INT4}
 HEADS: Mapping[SchemeName, SchemeRow] = {"int8": INT8, "int4": INT4}
 
 
-def assign_rows(graph: Graph, scheme: SchemeName, head: SchemeName) -> dict[str, SchemeRow | None]:
+def scheme_row(name: SchemeName, group: int | None = GROUPS[0]) -> SchemeRow | None:
+    """The row of a scheme, as a manifest states it; ``group`` is int4's alone."""
+    row = SCHEMES[name]
+    return row if row is None or row.group is None else replace(row, group=group)
+
+
+def assign_rows(
+    graph: Graph, scheme: SchemeName, head: SchemeName, group: int = GROUPS[0]
+) -> dict[str, SchemeRow | None]:
     """The row of every weight of ``graph``; None keeps its values.
 
-    Matrices of linears take the scheme's row, embedding and lm head the head's, vectors none. Rows whose group does
-    not divide a matrix's columns fall back to int8.
+    Matrices of linears take the scheme's row, embedding and lm head the head's, vectors none; ``group`` is the size of
+    int4's groups, where it fits: see :func:`fitting_row`.
     """
     rows: dict[str, SchemeRow | None] = dict.fromkeys(graph.weights())
     if SCHEMES[scheme] is None:
@@ -47,17 +57,18 @@ def assign_rows(graph: Graph, scheme: SchemeName, head: SchemeName) -> dict[str,
     for node in graph:
         if isinstance(node, Linear):
             for weight in node.weights:
-                rows[weight.name] = fitting_row(SCHEMES[scheme], weight.shape)
+                rows[weight.name] = fitting_row(scheme_row(scheme, group), weight.shape)
     for table in (graph.head.weights[0], graph.embedding.weight):
-        rows[table.name] = fitting_row(HEADS[head], table.shape)
+        rows[table.name] = fitting_row(scheme_row(head, group), table.shape)
     return rows
 
 
 def fitting_row(row: SchemeRow | None, shape: tuple[int, ...]) -> SchemeRow | None:
-    """``row``, or int8 where its groups don't divide the columns."""
-    if row is not None and row.group is not None and shape[-1] % row.group:
-        return INT8
-    return row
+    """``row``, with the largest of :data:`GROUPS` up to its own that divides the columns; int8 where none does."""
+    if row is None or row.group is None:
+        return row
+    fitting = [group for group in GROUPS if group <= row.group and shape[-1] % group == 0]
+    return replace(row, group=max(fitting)) if fitting else INT8
 
 
 def stored_bits(row: SchemeRow | None, shape: tuple[int, ...]) -> int:

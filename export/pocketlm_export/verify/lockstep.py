@@ -64,7 +64,7 @@ class Lane:
     weights: WeightSource
     dtype: torch.dtype = torch.float64
     stored: StoredConstants = EXACT
-    round_activations: Callable[[Floats], Floats] | None = None
+    round_activations: Callable[[str, Floats], Floats] | None = None
 
 
 def run_lanes(graph: Graph, lanes: Sequence[Lane]) -> dict[str, list[Trace]]:
@@ -205,7 +205,7 @@ class _State:
         values, rounding = self.values[x], self.lane.round_activations
         if rounding is None or self.lane.weights.row(weight.name) is None:
             return values
-        return torch.from_numpy(rounding(values.float().numpy())).to(values.dtype)
+        return torch.from_numpy(rounding(weight.name, values.float().numpy())).to(values.dtype)
 
     def keep_judged_rows(self, x: Value) -> None:
         """Logits are computed where they are compared only."""

@@ -156,6 +156,8 @@ def _weight_is_known(target: str, reader: Reader, name: str, weight: Weight, val
                 return False
             if found.codes.shape != (stop - start, *weight.shape[1:]):
                 return False
+            if found.scales.shape != (stop - start, weight.shape[1] // (weight.group or weight.shape[1])):
+                return False
             packed = pack_nibbles(found.codes) if found.bits == 4 else np.ascontiguousarray(found.codes)
             half, exact = _bfloat16(found.scales)
             if not exact:

@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from pocketlm.bundle import Bundle
 from pocketlm.errors import InputError
+from pocketlm.manifest import Weight
 from pocketlm_export.architectures import DecoderConfig
 from pocketlm_export.backends.reading import Reader, WrittenMatrix
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, Tensors, open_checkpoint, read_configuration
 from pocketlm_export.checkpoint.hub import locate
 from pocketlm_export.graph.graph import Graph
-from pocketlm_export.quantization.schemes import SCHEMES, SchemeRow
+from pocketlm_export.quantization.schemes import SchemeRow, scheme_row
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import Weights, quantize
 from pocketlm_export.verify.lockstep import WeightSource
@@ -73,7 +74,7 @@ class ArtifactWeights:
 
     def row(self, name: str) -> SchemeRow | None:
         """The row of the weight's scheme."""
-        return SCHEMES[self._manifest.weights[name].scheme]
+        return _stated_row(self._manifest.weights[name])
 
     def values(self, name: str) -> Floats:
         """A whole vector."""
@@ -131,5 +132,9 @@ def exported_subject(bundle: Bundle, graph: Graph, weights: Weights, checkpoint:
 
 
 def scheme_rows(bundle: Bundle) -> Mapping[str, SchemeRow | None]:
-    """The scheme row of each weight, as the manifest names it."""
-    return {name: SCHEMES[weight.scheme] for name, weight in bundle.manifest.weights.items()}
+    """The scheme row of each weight, as the manifest states it."""
+    return {name: _stated_row(weight) for name, weight in bundle.manifest.weights.items()}
+
+
+def _stated_row(weight: Weight) -> SchemeRow | None:
+    return scheme_row(weight.scheme, weight.group)

@@ -1,9 +1,9 @@
 """manifest.json as types. The JSON schema in runtime_bindings/schema is generated from here; FORMAT.md explains it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "FORMAT_MAJOR",
@@ -66,13 +66,17 @@ class Model(Closed):
 
 
 class Scheme(Closed):
-    """The scheme of each class of tensors. ``bits_per_weight`` counts the store's bytes, scales included."""
+    """The scheme of each class of tensors, and the columns of a group of int4 as asked for, where there is any int4.
+
+    ``bits_per_weight`` counts the store's bytes, scales included.
+    """
 
     name: SchemeName
     linears: SchemeName
     embedding: SchemeName
     head: SchemeName
     vectors: Literal["fp32"] = "fp32"
+    group: Count | None = None
     bits_per_weight: Annotated[float, Field(gt=0, le=32)]
 
 
@@ -110,12 +114,31 @@ class Place(Closed):
 
 
 class Weight(Closed):
-    """A weight by its Hugging Face name. ``sha256``: of its content, whatever the packing: see FORMAT.md."""
+    """A weight by its Hugging Face name. ``sha256``: of its content, whatever the packing: see FORMAT.md.
+
+    ``group``: how many columns share a scale, of an int4 weight and of no other.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"properties": {"scheme": {"const": "int4"}, "group": {"type": "integer"}}, "required": ["group"]},
+                {"properties": {"scheme": {"enum": ["int8", "fp32"]}, "group": {"type": "null"}}},
+            ]
+        }
+    )
 
     scheme: SchemeName
+    group: Count | None = None
     sha256: Sha256
     shape: list[Count]
     places: dict[TargetName, Place]
+
+    @model_validator(mode="after")
+    def _group_is_int4s(self) -> Self:
+        if (self.scheme == "int4") != (self.group is not None):
+            raise ValueError("an int4 weight states the columns of a group, and no other does")
+        return self
 
 
 class Manifest(Closed):

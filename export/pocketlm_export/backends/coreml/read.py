@@ -36,7 +36,7 @@ class CoreMLReader:
     """See :class:`pocketlm_export.backends.reading.Reader`."""
 
     unstated: frozenset[str] = frozenset()
-    round_activations: Callable[[Floats], Floats] | None = None
+    round_activations: Callable[[str, Floats], Floats] | None = None
     notes: tuple[str, ...] = (
         "executed by PocketLM's reference interpreter; no Core ML runtime has run this package",
         "the mask's -30000 and the norms' smallest divisor 2^-10 are checked as stated values",

@@ -64,7 +64,7 @@ class ExecuTorchReader:
         self._whole = _linear_weights(file) <= whole_limit
         self._quantized = any(payload.is_quantized(node) for payload in file.delegates for node in payload.nodes)
         self._observed: tuple[Run, list[DelegateCall]] | None = None
-        self.round_activations = round_rows if self._quantized else None
+        self.round_activations = (lambda _weight, x: round_rows(x)) if self._quantized else None
         self.notes: tuple[str, ...] = (
             f"memory plan: of {planned} values none shares bytes with another that is alive at the same time",
             "level 3: the whole program without int8"

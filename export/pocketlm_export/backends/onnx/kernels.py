@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,33 @@ class _Piece:
     bias: str
 
 
-def activation_rounding(files: Sequence[OnnxFile]) -> Callable[[Floats], Floats] | None:
-    """What the shipped products make of their inputs; None if none rounds them. Raises :class:`UnsupportedError` if
-    they round in blocks of different sizes."""
-    blocks = {piece.matrix.block for file in files for piece in _pieces(file) if piece.matrix.accuracy_level == ROUNDED}
-    if len(blocks) > 1:
-        raise UnsupportedError(f"{files[0].path}: activations rounded in blocks of {sorted(blocks)} are not supported")
-    for block in blocks:
-        return lambda x: _rounded(x, block)
-    return None
+def activation_rounding(
+    decoder: OnnxFile, head: OnnxFile, entries: Mapping[str, str]
+) -> Callable[[str, Floats], Floats] | None:
+    """What the shipped products make of their inputs; None if none rounds them.
+
+    ``entries``: weight -> the decoder's constant that holds it, or has the same bytes as what a product reads. Raises
+    :class:`UnsupportedError` if products round the inputs of the same matrix in blocks of different sizes.
+    """
+    blocks: dict[tuple[Path, int, int] | str, int] = {}
+    for file in (decoder, head):
+        for piece in _pieces(file):
+            codes, block = piece.matrix.codes, piece.matrix.block
+            if piece.matrix.accuracy_level == ROUNDED and blocks.setdefault(_bytes_of(file, codes), block) != block:
+                raise UnsupportedError(f"{file.path}: {piece.name}: rounds in blocks of {block}, another in others")
+    if not blocks:
+        return None
+    of_weight = {
+        weight: blocks[_bytes_of(decoder, entry)]
+        for weight, entry in entries.items()
+        if entry in decoder.constants and _bytes_of(decoder, entry) in blocks
+    }
+    return lambda weight, x: _rounded(x, of_weight[weight]) if weight in of_weight else x
+
+
+def _bytes_of(file: OnnxFile, constant: str) -> tuple[Path, int, int] | str:
+    """Where a constant's bytes lie; its name if they are in the model."""
+    return file.place(constant) or constant
 
 
 def check_kernels(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model: Model) -> RowErrors | NotRun:

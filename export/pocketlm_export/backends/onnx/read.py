@@ -42,7 +42,8 @@ class OnnxReader:
         self._decoder = OnnxFile(path)
         self._head = OnnxFile(path.with_name("head.onnx"))
         self._matrices = self._read_matrices()
-        self.round_activations = activation_rounding((self._decoder, self._head))
+        entries = {name: w.places["onnx"].entry for name, w in manifest.weights.items() if "onnx" in w.places}
+        self.round_activations = activation_rounding(self._decoder, self._head, entries)
         self.notes = (f"kernels: the first {CALLS} calls of each run",) if self.round_activations else ()
 
     def rows(self, entry: str, start: int, stop: int) -> WrittenMatrix | npt.NDArray[np.float32]:

@@ -54,6 +54,8 @@ def print_bundle(description: Mapping[str, Any], certificate: Certificate | None
     """The same for people, the certificate as a table behind it."""
     model, scheme = description["model"], description["scheme"]
     classes = ", ".join(f"{name} {scheme[name]}" for name in ("linears", "embedding", "head"))
+    if scheme["group"] is not None:
+        classes += f"; groups of {scheme['group']} columns"
     rows = [
         ("bundle", f"{description['path']}, {readable(description['bytes'])}, format {description['format_version']}"),
         ("model", f"{model['model_type']}, {description['parameters']:,} parameters, {model['layers']} layers"),

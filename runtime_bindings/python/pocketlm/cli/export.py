@@ -23,6 +23,9 @@ def export(
     head: Annotated[
         str | None, typer.Option(metavar="NAME", help="Embedding and head: int8 (default) or int4.")
     ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Columns that share a scale in int4: 32 (default), 64 or 128.")
+    ] = None,
     context: Annotated[
         int | None, typer.Option(metavar="N", help="Positions; default: the smaller of the model's and 4096.")
     ] = None,
@@ -55,6 +58,7 @@ def export(
             "targets": tuple(name.strip() for name in targets.split(",")) if targets is not None else None,
             "scheme": scheme,
             "head": head,
+            "group": group_size,
             "context": context,
             "accept": tuple(accept) if accept else None,
             "store": store,

@@ -1,7 +1,7 @@
 """Copies of ONNX models that hold the weights as this machine's kernels want them, to be mapped from a file.
 
-When ONNX Runtime loads a model it packs each matrix for the CPU, into anonymous memory: the weights once more, in a form
-that the system can't drop. A copy saved after packing has both forms in its data file; loading it packs again, one
+When ONNX Runtime loads a model it packs each matrix for the CPU, into anonymous memory: the weights once more, in a
+form that the system can't drop. A copy saved after packing has both forms in its data file; loading it packs again, one
 matrix at a time, finds the same content in the file, and maps that instead.
 
 A copy is a folder ``packed/MODEL-MACHINE`` of the user's cache. The first half of its name stands for the content of
