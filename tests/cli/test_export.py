@@ -156,7 +156,7 @@ def test_a_full_disk_is_one_message(pocketlm, checkpoint, tmp_path):
     if mounted.returncode:
         pytest.skip("not run: needs the right to mount a small file system")
     try:
-        refused(pocketlm("export", checkpoint, "-o", place / "bundle", "--targets", "onnx"), "No space left on device")
+        refused(pocketlm("export", checkpoint, "-o", place / "bundle", "--targets", "onnx"), "the export needs")
         assert list(place.iterdir()) == []
     finally:
         subprocess.run(["umount", place], check=True)
