@@ -15,7 +15,10 @@ VERIFIED := build/verified
 # Biases and windows; outliers in the residual; sizes that nothing divides.
 ODD := qwen2-window llama-outliers llama-odd-widths
 
-.PHONY: demo demo-smollm2 docs-verification test test-all fuzz lint format clean
+# Where `make bench` leaves its checkpoint, bundles and results.
+BENCH := build/bench
+
+.PHONY: bench demo demo-smollm2 docs-verification test test-all fuzz lint format clean
 
 demo: $(BIN)/.installed-all
 	$(BIN)/pocketlm export mobile_demo/model/checkpoint --output $(DEMO) --force
@@ -53,6 +56,20 @@ lint: $(BIN)/.installed-dev
 format: $(BIN)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Exports and runtimes, without peers, in under five minutes: the demo model, and random weights in the shape of
+# Qwen2.5-0.5B (2 GB of disk). What is printed, with every sample, is in build/bench/*.json.
+bench: $(BIN)/.installed-dev
+	test -f $(BENCH)/checkpoint/config.json || { rm -rf $(BENCH)/checkpoint && \
+	  $(BIN)/python -m pocketlm_bench.synthetic Qwen2.5-0.5B $(BENCH)/checkpoint; }
+	$(BIN)/python -m pocketlm_bench.export mobile_demo/model/checkpoint --verify --store cold --repetitions 1 \
+	  --keep $(BENCH)/demo.pocketlm --json $(BENCH)/demo-export.json
+	$(BIN)/python -m pocketlm_bench.export $(BENCH)/checkpoint --head int4 --repetitions 1 \
+	  --keep $(BENCH)/qwen2.5-0.5b.pocketlm --json $(BENCH)/qwen2.5-0.5b-export.json
+	@for model in demo qwen2.5-0.5b; do for runtime in onnx executorch; do \
+	  echo; $(BIN)/pocketlm bench $(BENCH)/$$model.pocketlm --runtime $$runtime --threads 1 --repetitions 3 \
+	    --json $(BENCH)/$$model-$$runtime.json || exit 1; \
+	done; done
 
 # The figures and the fault table of docs/verification.md; about ten minutes.
 docs-verification: $(BIN)/.installed-dev $(BIN)/.installed-smollm2
