@@ -1,6 +1,8 @@
 """A command run to its end in a process of its own, whose memory and CPU time are measured from outside."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,15 +76,15 @@ def run_watched(command: Sequence[str], environment: Mapping[str, str] | None = 
         )
         end = _End(process)
         try:
-            while end.is_alive():
+            while not end.happened.wait(INTERVAL):
                 memory = resident_memory(process.pid)
                 if memory is not None:
                     samples.append((time.monotonic(), memory))
-                end.join(INTERVAL)
         finally:
-            if end.is_alive():
-                os.kill(process.pid, 9)
-                end.join()
+            if not end.happened.is_set():
+                with contextlib.suppress(ProcessLookupError):  # it ended just now
+                    os.kill(process.pid, signal.SIGKILL)
+                end.happened.wait()
         output.seek(0)
         errors.seek(0)
         usage = end.usage
@@ -108,6 +110,7 @@ class _End(threading.Thread):
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         super().__init__(daemon=True)
         self._process = process
+        self.happened = threading.Event()  # a join that is interrupted takes the thread for ended (Python 3.11)
         self.start()
 
     def run(self) -> None:
@@ -115,3 +118,4 @@ class _End(threading.Thread):
         self.moment = time.monotonic()
         self.exit_code = os.waitstatus_to_exitcode(status)
         self._process.returncode = self.exit_code  # it was waited for here
+        self.happened.set()
