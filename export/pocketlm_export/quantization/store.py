@@ -168,15 +168,18 @@ class WeightStore:
     def prune(self, limit: int = 0) -> int:
         """Delete the entries least recently used until at most ``limit`` bytes stay; returns the bytes freed.
 
-        What killed processes left unfinished goes too. A process that has an entry open keeps reading it.
+        What killed processes left unfinished goes too. A process that has an entry open keeps reading it. Raises
+        :class:`InputError` where an entry can't be deleted.
         """
         for path in abandoned(self.root.glob("*/.*")):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a store that is only read
+                path.unlink(missing_ok=True)
         kept = freed = 0
         for path, status in sorted(_present(self.entries()), key=lambda entry: entry[1].st_mtime, reverse=True):
             kept += status.st_size
             if kept > limit:
-                path.unlink(missing_ok=True)
+                with self._writing():
+                    path.unlink(missing_ok=True)
                 freed += status.st_size
         return freed
 
