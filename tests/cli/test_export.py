@@ -59,6 +59,17 @@ def test_text_output_and_recipe(pocketlm, checkpoint, tmp_path):
     assert manifest["model"]["context_length"] == 32
 
 
+def test_the_group_size_of_the_command_line_wins_over_the_recipes(pocketlm, checkpoint, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('targets = ["onnx"]\ngroup = 64\nverify = false\n')
+    for arguments, group in (((), 64), (("--group-size", "128"), 128)):
+        output = tmp_path / f"bundle-{group}"
+        process = pocketlm("export", checkpoint, "-o", output, "--config", recipe, *arguments)
+        assert process.returncode == 0, process.stderr
+        assert f"; groups of {group} columns; " in process.stdout
+        assert json.loads((output / "manifest.json").read_text())["scheme"]["group"] == group
+
+
 @pytest.mark.parametrize(
     ("arguments", "needles"),
     (
@@ -66,6 +77,7 @@ def test_text_output_and_recipe(pocketlm, checkpoint, tmp_path):
         (["--targets", "onnx,onnx"], ["each target once"]),
         (["--scheme", "int3"], ["'int3'", "int4"]),
         (["--head", "fp8"], ["'fp8'", "int8"]),
+        (["--group-size", "48"], ["48", "32, 64, 128"]),
         (["--context", "65"], ["65", "64", "max_position_embeddings"]),
         (["--context", "1"], ["context", "at least 2"]),
         (["--config", "missing.toml"], ["missing.toml"]),
@@ -83,6 +95,7 @@ def test_bad_options_are_refused(arguments, needles, pocketlm, checkpoint, tmp_p
         ("targtes = []", "'targtes'"),
         ("context = true", "'context'"),
         ("scheme = 4", "'scheme'"),
+        ("group = true", "'group'"),
         ("= 1", "not valid TOML"),
     ),
 )
