@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.bundle import Bundle
-from pocketlm.certificate import Level, TargetCertificate
+from pocketlm.certificate import TargetCertificate
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.graph import trace as tracing
 from pocketlm_export.graph.graph import Attention, Graph
@@ -50,13 +50,13 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """``caught_by``: the levels that failed, in order, and what they said. ``separations``: for each level with
-    figures, the largest of them over the same figure without the fault."""
+    """``caught_by``: the levels that failed, in order, and what they said. ``separation``: the largest figure of level
+    2 over the same figure without the fault; infinite where the file can't be executed."""
 
     place: str
     caught_by: tuple[int, ...]
     words: tuple[str, ...]
-    separations: dict[int, float]
+    separation: float
 
 
 CASES = [Case(target, fault, MODELS.get(fault, MODEL)) for target in TARGETS for fault in faults(target)]
@@ -138,44 +138,38 @@ def _soft_caps(model: str) -> Iterator[None]:
 
 def _row(target: str, place: str, measured: TargetCertificate, base: TargetCertificate) -> Row:
     failed = measured.failed
-    floors = {level.level: _figures(level) for level in base.levels}
-    separations = {}
-    for level in measured.levels:
-        floor = floors[level.level]
-        ratios = [figure / floor[name] for name, figure in _figures(level).items() if floor.get(name)]
-        if level.level > 1 and level.status != "not run":
-            separations[level.level] = max(ratios, default=float("inf"))
+    floors = _figures(base)
+    ratios = [figure / floors[name] for name, figure in _figures(measured).items()]
     words = tuple(f"{target}: level {level.level} ({level.name}) failed: {level.reason}" for level in failed)
-    return Row(place, tuple(level.level for level in failed), words, separations)
+    return Row(place, tuple(level.level for level in failed), words, max(ratios, default=float("inf")))
 
 
-def _figures(level: Level) -> dict[str, float]:
-    return {check.name: float("inf") if check.figure is None else check.figure for check in level.checks}
+def _figures(certificate: TargetCertificate) -> dict[str, float]:
+    """Level 2's."""
+    (graph,) = (level for level in certificate.levels if level.level == 2)
+    return {check.name: float("inf") if check.figure is None else check.figure for check in graph.checks}
 
 
 def main() -> None:
-    """Print the table: for each fault and target how many places were caught, by which levels, and the smallest
-    separation of each level with figures."""
+    """Print the table: for each fault and target how many places were caught, by which levels, and how far the least
+    conspicuous of them stands out at level 2."""
     with tempfile.TemporaryDirectory() as name:
         table = FaultTable(Path(name))
-        print("| fault | target | caught | by level 1 | by level 2 | smallest separation at level 2 | 3 | 5 |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("| fault | target | caught | by level 1 | by level 2 | smallest separation at level 2 |")
+        print("|---|---|---|---|---|---|")
         caught = injected = 0
         for case in sorted(CASES, key=lambda case: case.fault):
             rows = [table.row(case, place) for place in table.places(case)]
             seen = [row for row in rows if row.caught_by]
             caught, injected = caught + len(seen), injected + len(rows)
             by = [sum(level in row.caught_by for row in rows) for level in (1, 2)]
-            smallest = [min(row.separations.get(level, float("nan")) for row in rows) for level in (2, 3, 5)]
-            figures = " | ".join("-" if figure != figure else f"{figure:.2g}" for figure in smallest)
-            print(
-                f"| {case.fault} | {case.target} | {len(seen)} of {len(rows)} | {by[0]} | {by[1]} | {figures} |",
-                flush=True,
-            )
+            smallest = min(row.separation for row in rows)
+            cells = case.fault, case.target, f"{len(seen)} of {len(rows)}", *by, f"{smallest:.2g}"
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
             for row in rows:
                 if not row.caught_by:
                     print(f"missed: {case} at {row.place}", file=sys.stderr)
-        print(f"\n{caught} of {injected} caught")
+        print(f"\n{caught} of {injected} caught.")
 
 
 if __name__ == "__main__":

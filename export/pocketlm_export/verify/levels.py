@@ -33,6 +33,7 @@ __all__ = [
     "kernels_level",
     "level",
     "meaning_level",
+    "not_run",
     "whole_level",
 ]
 
@@ -85,7 +86,7 @@ def meaning_level(
     """Level 3: the real runtime in float32. ``eager``: the reference in float32, whose distance is the floor."""
     match measured:
         case NotRun():
-            return _not_run(3, measured)
+            return not_run(3, measured)
         case RowErrors():
             worst = float(measured.errors.max())
             facts: Facts = {"delegates": measured.pieces, "rows": len(measured.errors)}
@@ -103,7 +104,7 @@ def meaning_level(
 def kernels_level(measured: RowErrors | NotRun) -> Level:
     """Level 4: quantized linears, each recomputed from the inputs that the real runtime gave it."""
     if isinstance(measured, NotRun):
-        return _not_run(4, measured)
+        return not_run(4, measured)
     beyond = float((~(measured.errors <= KERNEL_ROW)).mean())
     worst = float(measured.errors.max())
     checks = [check(KERNEL_OUTLIERS, beyond), check(KERNEL_WORST, worst, where=measured.worst)]
@@ -182,7 +183,8 @@ def _greedy_regret(greedy: Greedy) -> tuple[float, Facts]:
     return float(regrets.max()), facts
 
 
-def _not_run(number: int, reason: NotRun) -> Level:
+def not_run(number: int, reason: NotRun) -> Level:
+    """Neither passed nor failed."""
     return Level(level=number, name=LEVELS[number], status="not run", reason=reason.reason)
 
 

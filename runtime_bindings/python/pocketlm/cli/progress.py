@@ -21,7 +21,7 @@ LABELS = {
     "golden": "golden vectors",
     "finish": "hashing",
 }
-VERBS = {"write": "writing", "verify": "verifying", "run": "running"}
+VERBS = {"write": "writing", "read": "reading", "verify": "verifying", "run": "running"}
 
 
 @contextmanager
