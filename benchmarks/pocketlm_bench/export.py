@@ -4,7 +4,6 @@ Every export is a fresh process. With ``--store both`` each repetition exports i
 from the store that this left. The checkpoint's files may lie in the page cache: whatever was read or written last does.
 """
 
-import importlib.metadata
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ import typer
 from pocketlm.cli.console import note, reported
 from pocketlm.cli.description import readable
 from pocketlm.errors import InputError
-from pocketlm.machine import machine_facts
+from pocketlm.machine import circumstances, machine_facts
 from pocketlm.manifest import SchemeName
 from pocketlm_bench.measured_export import MeasuredExport, export_measured
 from pocketlm_export.backends.base import TARGETS
@@ -102,8 +101,7 @@ def document(
     asked = asdict(options)
     return {
         "kind": "export",
-        "machine": machine_facts(),
-        "pocketlm": importlib.metadata.version("pocketlm"),
+        **circumstances(),
         "checkpoint": str(checkpoint),
         "options": {name: asked[name] for name in ("targets", "scheme", "head", "group", "context", "verify")},
         "exports": [

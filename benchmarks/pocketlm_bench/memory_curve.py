@@ -5,7 +5,6 @@ both: the disk has to hold the largest checkpoint, its store and its bundle. Whe
 depend on the model's size.
 """
 
-import importlib.metadata
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ import typer
 
 from pocketlm.cli.console import note, reported
 from pocketlm.errors import InputError
-from pocketlm.machine import machine_facts
+from pocketlm.machine import circumstances, machine_facts
 from pocketlm.manifest import SchemeName
 from pocketlm_bench.measured_export import MeasuredExport, export_measured
 from pocketlm_bench.synthetic import shape_named, write_checkpoint
@@ -62,8 +61,7 @@ def document(shape: str, options: ExportOptions, measured: Sequence[tuple[int, M
     asked = asdict(options)
     return {
         "kind": "memory curve",
-        "machine": machine_facts(),
-        "pocketlm": importlib.metadata.version("pocketlm"),
+        **circumstances(),
         "shape": shape,
         "options": {name: asked[name] for name in ("targets", "scheme", "head", "context", "verify")},
         "exports": [{"layers": layers, **asdict(run)} for layers, run in measured],

@@ -80,3 +80,30 @@ def test_a_curve_refuses_before_it_writes(tmp_path):
     with pytest.raises(InputError, match="--layers must be at least 1, not 0"):
         list(curve("Mistral-7B", [1, 0], tmp_path, ExportOptions()))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_become_tables_of_a_page(reported, tmp_path):
+    _, document, kept = reported
+    results = kept.parent / "results" / "export.json"
+    page = tmp_path / "performance.md"
+    page.write_text("# Performance\n<!-- export -->\nformer table\n<!-- end of export -->\nafter\n")
+    command = [sys.executable, "-m", "pocketlm_bench.performance", str(page), str(results)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    text = page.read_text()
+    assert text.startswith("# Performance\n<!-- export -->\n`python -m pocketlm_bench.export ")
+    assert text.endswith("|\n<!-- end of export -->\nafter\n")
+    assert "former table" not in text
+    assert document["date"] in text
+    assert document["machine"]["features"] in text
+    for stage in (*STAGES, "exit"):
+        assert text.count(f"\n| {stage} | ") == 2, "one for each state of the store"
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in tables if line.startswith(("| store | ", "| empty | ", "| warm | "))} == {9}
+    results.with_name("other.json").write_text(json.dumps({**document, "kind": "weather"}))
+    refused = subprocess.run(
+        [*command[:-1], results.with_name("other.json")], capture_output=True, text=True, check=False
+    )
+    assert (refused.returncode, refused.stderr) == (
+        2, "error: kind 'weather' has no table; valid: bench, export, memory curve\n",
+    )  # fmt: skip

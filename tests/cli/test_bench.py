@@ -24,6 +24,7 @@ def test_a_sample_for_each_repetition_and_interval(runtime, pocketlm, bundle, tm
         "packed": False,
     }  # fmt: skip
     assert document["machine"]["features"].strip()
+    assert "bench" in document["command"]
     assert len(document["repetitions"]) == 2
     for repetition in document["repetitions"]:
         measured = repetition["measurement"]

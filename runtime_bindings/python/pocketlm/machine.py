@@ -1,10 +1,15 @@
 """What this machine is, for whoever reads a figure that was measured on it."""
 
+import datetime
+import importlib.metadata
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
-__all__ = ["machine_facts"]
+__all__ = ["circumstances", "machine_facts"]
 
 # What decides which kernels the runtimes choose.
 FEATURES = (
@@ -28,6 +33,20 @@ def machine_facts() -> dict[str, str]:
     facts["cpu"] = known.get("model name") or facts["cpu"]
     facts["features"] = " ".join(feature for feature in FEATURES if feature in flags)
     return facts
+
+
+def circumstances() -> dict[str, Any]:
+    """What a document of measurements begins with: ``date`` in UTC, the ``command`` that this process is, ``machine``,
+    ``load_average`` (of one minute, other work included) and the version of ``pocketlm``."""
+    started = sys.orig_argv[1:] or [""]
+    words = ["python", *started] if started[0] == "-m" else [Path(started[0]).name, *started[1:]]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(words),
+        "machine": machine_facts(),
+        "load_average": os.getloadavg()[0],
+        "pocketlm": importlib.metadata.version("pocketlm"),
+    }
 
 
 def _cores() -> int:

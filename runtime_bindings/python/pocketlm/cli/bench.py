@@ -95,12 +95,11 @@ def _document(job: "MeasurementJob", repetitions: "list[Repetition]") -> dict[st
 
     from pocketlm.benchmark import summarize
     from pocketlm.bundle import RUNTIMES
-    from pocketlm.machine import machine_facts
+    from pocketlm.machine import circumstances
 
     return {
         "kind": "bench",
-        "machine": machine_facts(),
-        "pocketlm": importlib.metadata.version("pocketlm"),
+        **circumstances(),
         "runtime_version": importlib.metadata.version(RUNTIMES[job.runtime]),
         "job": asdict(job),
         "summary": summarize(job, repetitions),

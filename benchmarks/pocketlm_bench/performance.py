@@ -1,0 +1,145 @@
+"""Measurements as tables in a page: ``python -m pocketlm_bench.performance PAGE RESULTS.json...``.
+
+RESULTS are what ``pocketlm bench``, ``pocketlm_bench.export`` and ``pocketlm_bench.memory_curve`` write with --json. A
+table stands between the page's markers of its file's name: ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocketlm.cli.console import reported
+from pocketlm.errors import InputError
+from pocketlm_bench.page import insert
+
+__all__ = ["lines"]
+
+Document = Mapping[str, Any]
+MB, GB = 1e6, 1e9
+FIGURES = (
+    ("import_seconds", "import the runtime, s", 1.0, 3),
+    ("check_seconds", "hash the files, s", 1.0, 3),
+    ("load_seconds", "load, s", 1.0, 3),
+    ("depth_seconds", "fill the cache, s", 1.0, 3),
+    ("first_token_seconds", "first token, s", 1.0, 3),
+    ("prefill_tokens_per_second", "prefill, tok/s", 1.0, 1),
+    ("decode_tokens_per_second", "decode, tok/s", 1.0, 1),
+    ("peak_resident", "peak memory, MB", MB, 0),
+    ("peak_anonymous", "peak anonymous, MB", MB, 0),
+    ("peak_file_backed", "peak file-backed, MB", MB, 0),
+    ("added_anonymous", "anonymous beyond the libraries, MB", MB, 0),
+    ("added_file_backed", "file-backed beyond the libraries, MB", MB, 0),
+)
+
+
+def lines(document: Document) -> Iterator[str]:
+    """How it was measured, then the tables. Raises :class:`InputError` for a document of another kind."""
+    if document.get("kind") not in TABLES:
+        raise InputError(f"kind {document.get('kind')!r} has no table; valid: {', '.join(TABLES)}")
+    machine = document["machine"]
+    yield f"`{document['command']}`"
+    yield ""
+    yield (
+        f"{document['date']}; {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine.get('features') or 'no known features'}; load average {document['load_average']:.1f} at the end."
+    )
+    yield ""
+    yield from TABLES[document["kind"]](document)
+
+
+def _bench(document: Document) -> Iterator[str]:
+    yield f"| {len(document['repetitions'])} processes | median | lowest | highest |"
+    yield "|---|---|---|---|"
+    for name, label, divisor, digits in FIGURES:
+        if name in document["summary"]:
+            figure = document["summary"][name]
+            cells = (f"{figure[kind] / divisor:.{digits}f}" for kind in ("median", "lowest", "highest"))
+            yield f"| {label} | {' | '.join(cells)} |"
+
+
+def _export(document: Document) -> Iterator[str]:
+    exports = document["exports"]
+    states: dict[str, list[Document]] = {}
+    for run in exports:
+        states.setdefault(run["store"], []).append(run)
+    targets = list(exports[0]["artifacts"])
+    yield (
+        "| store | wall, s | CPU, s | s per 1e9 parameters | peak memory, GB | anonymous | file-backed "
+        f"| {' | '.join(f'{target}, MB' for target in targets)} |"
+    )
+    yield "|---" * (7 + len(targets)) + "|"
+    for state, runs in states.items():
+        wall = [run["wall_seconds"] for run in runs]
+        sizes = (f"{sum(runs[0]['artifacts'][target].values()) / MB:.1f}" for target in targets)
+        yield (
+            f"| {state} | {statistics.median(wall):.1f} ({min(wall):.1f} to {max(wall):.1f}) "
+            f"| {statistics.median(run['user_seconds'] + run['system_seconds'] for run in runs):.1f} "
+            f"| {_median(runs, 'seconds_per_billion'):.1f} | {_median(runs, 'highest_resident') / GB:.2f} "
+            f"| {_peak(runs, 'anonymous', GB, 2)} | {_peak(runs, 'file_backed', GB, 2)} | {' | '.join(sizes)} |"
+        )
+    for state, runs in states.items():
+        yield ""
+        yield f"| store {state} | wall, s | of it imports, s | CPU, s | anonymous, MB | file-backed, MB |"
+        yield "|---|---|---|---|---|---|"
+        for stages in zip(*(run["stages"] for run in runs), strict=True):
+            seconds = (_cell(stages, name) for name in ("wall_seconds", "import_seconds", "cpu_seconds"))
+            yield (
+                f"| {stages[0]['name']} | {' | '.join(seconds)} "
+                f"| {_peak(stages, 'anonymous', MB, 0)} | {_peak(stages, 'file_backed', MB, 0)} |"
+            )
+
+
+def _curve(document: Document) -> Iterator[str]:
+    yield f"| layers of {document['shape']} | 1e9 parameters | wall, s | peak memory, GB | anonymous | file-backed |"
+    yield "|---|---|---|---|---|---|"
+    for run in document["exports"]:
+        yield (
+            f"| {run['layers']} | {run['parameters'] / 1e9:.2f} | {run['wall_seconds']:.0f} "
+            f"| {run['highest_resident'] / GB:.2f} | {_peak([run], 'anonymous', GB, 2)} "
+            f"| {_peak([run], 'file_backed', GB, 2)} |"
+        )
+
+
+TABLES: Mapping[str, Callable[[Document], Iterator[str]]] = {
+    "bench": _bench,
+    "export": _export,
+    "memory curve": _curve,
+}
+
+
+def _median(runs: Sequence[Document], name: str) -> float:
+    return statistics.median(run[name] for run in runs)
+
+
+def _cell(stages: Sequence[Document], name: str) -> str:
+    """The median of what was measured."""
+    known = [stage[name] for stage in stages if stage[name] is not None]
+    return f"{statistics.median(known):.2f}" if known else "-"
+
+
+def _peak(measured: Sequence[Document], name: str, divisor: float, digits: int) -> str:
+    known = [item["peak"][name] / divisor for item in measured if item["peak"] is not None]
+    return f"{statistics.median(known):.{digits}f}" if known else "-"
+
+
+def main(
+    page: Path, results: Annotated[list[Path], typer.Argument(metavar="RESULTS", help="JSON files of measurements.")]
+) -> None:
+    """Write the tables of RESULTS into PAGE."""
+    with reported(debug=False):
+        text = page.read_text(encoding="utf-8")
+        for path in results:
+            try:
+                document = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"{path}: not valid JSON: {error}") from error
+            text = insert(text, path.stem, list(lines(document)))
+        page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
