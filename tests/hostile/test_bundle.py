@@ -164,7 +164,18 @@ def kind(value: Any) -> str:
 def test_no_key_takes_another_type(bundle):
     path = bundle / "manifest.json"
     sound = json.loads(path.read_text(encoding="utf-8"))
-    optional = ("bos_id", "pad_id", "sampling", "accepted", "notes", "libraries", "places", "runtime", "stop_ids")
+    optional = (
+        "bos_id",
+        "pad_id",
+        "group",
+        "sampling",
+        "accepted",
+        "notes",
+        "libraries",
+        "places",
+        "runtime",
+        "stop_ids",
+    )
     tried = 0
     for place in places(sound):
         held = sound

@@ -23,6 +23,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from pocketlm.cache import cache_folder
 from pocketlm.errors import CheckpointError, InputError
 from pocketlm_export.checkpoint.checkpoint import Tensors
 from pocketlm_export.checkpoint.tensors import TensorFile, bfloat16_to_float32
@@ -56,9 +57,8 @@ class ContentDigest:
 
 
 def default_store() -> Path:
-    """``$XDG_CACHE_HOME/pocketlm``, else ``~/.cache/pocketlm``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pocketlm"
+    """The user's cache folder."""
+    return cache_folder()
 
 
 @dataclass(frozen=True, slots=True)
