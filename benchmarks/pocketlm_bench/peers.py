@@ -9,8 +9,6 @@ Every round runs all of them one after the other, each in a fresh process, and a
 a machine that slows down slows both. ``export`` and ``run`` print tables and write a JSON document with every sample.
 """
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -77,7 +75,7 @@ def export(
             note(f"{exporting.TITLES[run.way]:36}{run.wall_seconds:8.1f} s{run.cpu_seconds:8.1f} s CPU{memory}")
             runs.append(run)
         settings = {"rounds": rounds, "context": context}
-        _finish(new_comparison("exports", _command(), checkpoint, environments, settings, runs), output or work)
+        _finish(new_comparison("exports", checkpoint, environments, settings, runs), output or work)
 
 
 @app.command()
@@ -103,7 +101,7 @@ def run(
         for run in compare_rates(artifacts, environments, settings, rounds):
             note(f"{running.TITLES[run.way]:40}prefill{run.prefill:8.1f} tok/s   decode{run.decode:7.1f} tok/s")
             runs.append(run)
-        _finish(new_comparison("rates", _command(), checkpoint, environments, asdict(settings), runs), output or work)
+        _finish(new_comparison("rates", checkpoint, environments, asdict(settings), runs), output or work)
 
 
 @app.command()
@@ -121,10 +119,6 @@ def _environments(names: Sequence[str], allowed: Sequence[str]) -> dict[str, Env
         if name not in allowed:
             raise InputError(f"--peer {name}: {', '.join(allowed)}")
     return {name: open_environment(name) for name in names}
-
-
-def _command() -> str:
-    return f"python -m pocketlm_bench.peers {shlex.join(sys.argv[1:])}"
 
 
 def _finish(comparison: Comparison, output: Path) -> None:

@@ -93,19 +93,19 @@ def test_rounds_alternate_and_keep_every_sample(measured):
         (0, "onnx"), (0, "executorch"), (1, "onnx"), (1, "executorch"),
     ]  # fmt: skip
     for run in runs:
-        assert len(run.samples["prefill"]) == 2
-        assert [len(intervals) for intervals in run.samples["decode"]] == [4, 4], "n tokens, n - 1 intervals"
-        assert run.peak_resident >= run.samples["memory"]["RssAnon"] > 0
+        assert len(run.samples.prefill) == 2
+        assert [len(intervals) for intervals in run.samples.decode] == [4, 4], "n tokens, n - 1 intervals"
+        assert run.peak_resident >= run.samples.memory["RssAnon"] > 0
         with bundle.session(run.way, threads=1) as session:
             greedy = [int(session.extend(settings.ids(settings.depth))[-1].argmax())]
             while len(greedy) < settings.tokens:
                 greedy.append(int(session.extend(greedy[-1:])[-1].argmax()))
-        assert run.samples["greedy"] == greedy, "what was timed is the model's own continuation"
+        assert run.samples.greedy == greedy, "what was timed is the model's own continuation"
 
 
 def test_a_comparison_survives_its_file_and_lands_in_a_page(measured, peers, tmp_path):
     bundle, settings, runs = measured
-    comparison = new_comparison("rates", "the command", bundle.folder, {}, {"prompt": settings.prompt}, runs)
+    comparison = new_comparison("rates", bundle.folder, {}, {"prompt": settings.prompt}, runs)
     file = tmp_path / "rates.json"
     file.write_text(comparison.model_dump_json())
     assert read_comparison(file) == comparison

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-import pocketlm
 from pocketlm.errors import InputError
-from pocketlm.machine import machine_facts
+from pocketlm.machine import circumstances
 from pocketlm_bench.peer.environments import PEERS, Environment
 from pocketlm_bench.peer.exporting import Export
 from pocketlm_bench.peer.goals import EXPORT_GOALS, RATE_GOALS, Verdict, judge
@@ -22,8 +20,8 @@ Kind = Literal["exports", "rates"]
 
 
 class Comparison(BaseModel):
-    """``runs`` are :class:`Export` or :class:`Run`, by ``kind``; ``peers`` names what each environment takes from the
-    one that made it."""
+    """``runs`` are exports or runs, by ``kind``; ``peers`` names what each environment takes from the one that made it.
+    The other fields are those of :func:`pocketlm.machine.circumstances`, at the end."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,18 +29,26 @@ class Comparison(BaseModel):
     command: str
     date: str
     machine: dict[str, str]
+    load_average: float
     pocketlm: str
     peers: dict[str, list[str]]
     checkpoint: str
     settings: dict[str, Any]
-    runs: list[dict[str, Any]]
+    runs: list[Export | Run]
+
+    @model_validator(mode="after")
+    def _runs_are_of_the_kind(self) -> Self:
+        wanted = Export if self.kind == "exports" else Run
+        if not self.runs or not all(isinstance(run, wanted) for run in self.runs):
+            raise ValueError(f"runs are not {self.kind}")
+        return self
 
     @property
     def rounds(self) -> dict[str, list[dict[str, Any]]]:
         """The runs by way, in the order of their rounds."""
         found: dict[str, list[dict[str, Any]]] = {}
         for run in self.runs:
-            found.setdefault(run["way"], []).append(run)
+            found.setdefault(run.way, []).append(asdict(run))
         return found
 
     def verdicts(self) -> list[Verdict]:
@@ -53,23 +59,19 @@ class Comparison(BaseModel):
 
 def new_comparison(
     kind: Kind,
-    command: str,
     checkpoint: Path,
     environments: Mapping[str, Environment],
     settings: Mapping[str, Any],
     runs: Sequence[Export] | Sequence[Run],
 ) -> Comparison:
-    """Of what was measured just now, on this machine."""
+    """Of what was measured just now, by this process."""
     return Comparison(
         kind=kind,
-        command=command,
-        date=datetime.now(UTC).date().isoformat(),
-        machine=machine_facts(),
-        pocketlm=pocketlm.__version__,
+        **circumstances(),
         peers={PEERS[name].title: list(environment.shared) for name, environment in environments.items()},
         checkpoint=str(checkpoint),
         settings=dict(settings),
-        runs=[asdict(run) for run in runs],
+        runs=list(runs),
     )
 
 

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from pocketlm.errors import InputError, PocketLMError
 from pocketlm_bench.peer.commands import (
@@ -19,7 +20,7 @@ from pocketlm_bench.peer.commands import (
     run,
 )
 from pocketlm_bench.peer.environments import Environment
-from pocketlm_bench.peer.rates import Settings
+from pocketlm_bench.peer.rates import Samples, Settings
 
 __all__ = ["TITLES", "Run", "compare_rates", "make_artifacts", "settings_for"]
 
@@ -43,7 +44,7 @@ OURS = {
 @dataclass(frozen=True, slots=True)
 class Run:
     """``prefill`` and ``decode`` in tokens a second, medians over the process's repetitions; ``peak_resident`` in bytes
-    and with everything that the process imported; ``samples`` are :class:`~pocketlm_bench.peer.rates.Samples`."""
+    and with everything that the process imported; ``samples`` are the process's own."""
 
     way: str
     round: int
@@ -51,7 +52,7 @@ class Run:
     decode: float
     peak_resident: int
     load_average: float
-    samples: Mapping[str, Any]
+    samples: Samples
 
 
 def settings_for(checkpoint: Path, context: int, repetitions: int, core: int | None) -> Settings:
@@ -132,8 +133,8 @@ def _measure(way: str, number: int, environment: Environment | None, settings: S
     return Run(
         way=way,
         round=number,
-        prefill=settings.prompt / statistics.median(samples["prefill"]),
-        decode=statistics.median(decode_rate(intervals) for intervals in samples["decode"]),
+        prefill=settings.prompt / statistics.median(samples.prefill),
+        decode=statistics.median(decode_rate(intervals) for intervals in samples.decode),
         peak_resident=watched.highest_resident,
         load_average=load,
         samples=samples,
@@ -145,13 +146,10 @@ def decode_rate(intervals: list[float]) -> float:
     return len(intervals) / sum(intervals)
 
 
-def _samples(output: str) -> dict[str, Any]:
+def _samples(output: str) -> Samples:
     """The last line of a child: runtimes print what they like before it."""
     line = output.strip().rpartition("\n")[2]
     try:
-        samples = json.loads(line)
-    except ValueError as error:
+        return TypeAdapter(Samples).validate_json(line)
+    except ValidationError as error:
         raise PocketLMError(f"a measuring process ended with {line[:200]!r} instead of its samples") from error
-    if not isinstance(samples, dict) or not (samples.get("prefill") and samples.get("decode")):
-        raise PocketLMError(f"a measuring process has no samples of prefill and decode: {line[:200]!r}")
-    return samples

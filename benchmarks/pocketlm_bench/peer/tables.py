@@ -70,7 +70,7 @@ def _circumstances(comparison: Comparison) -> Iterator[str]:
     yield f"`{comparison.command}`, {comparison.date}, PocketLM {comparison.pocketlm}."
     yield f"Rounds: {rounds}; figures are their medians."
     yield f"{machine['cpu']}, {machine['cores']} cores, {machine.get('features') or 'features unknown'}."
-    loads = [run["load_average"] for run in comparison.runs]
+    loads = [run.load_average for run in comparison.runs]
     yield f"Load of the machine before each run: {min(loads):.1f} to {max(loads):.1f}."
     for title, shared in comparison.peers.items():
         yield f"{title}, with {', '.join(shared)} shared with PocketLM." if shared else f"{title}."
