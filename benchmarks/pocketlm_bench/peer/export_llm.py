@@ -69,7 +69,7 @@ def export_arguments(folder: Path, output: Path, context: int) -> Sequence[str]:
         *("quantization.qmode=8da4w", "quantization.group_size=32", 'quantization.embedding_quantize="4,32"'),
         *("backend.xnnpack.enabled=True", "backend.xnnpack.extended_ops=True"),
         *(f"export.max_seq_length={context}", f"export.max_context_length={context}"),
-        *(f"export.output_dir={output.parent}", f"export.output_name={output.name}"),
+        *(f"export.output_dir={output.parent}", f"export.output_name={output.stem}"),
         f"hydra.run.dir={folder}",  # its log would lie where we are
     )
 
