@@ -10,7 +10,6 @@ import pytest
 
 # Tests run in several processes: one thread each, or they wait for each other's spinning threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

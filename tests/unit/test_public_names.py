@@ -80,3 +80,9 @@ def test_errors_descend_from_one_and_carry_the_exit_code():
         if name.endswith("Error"):
             assert issubclass(value, pocketlm.PocketLMError)
     assert {name: getattr(pocketlm, name).exit_code for name in codes} == codes
+
+
+def test_onnx_runtime_keeps_no_telemetry():
+    program = "import os, pocketlm; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,9 @@ __all__ = [
     "open",
     "verify",
 ]
+
+# ONNX Runtime's Linux wheels keep a telemetry database in the user's cache unless this is set before their import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY = {
     "Bundle": ("pocketlm.bundle", "Bundle"),
