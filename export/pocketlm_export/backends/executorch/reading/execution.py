@@ -192,8 +192,13 @@ def _attend(file: PteFile, step: KernelStep, layer: int, state: _RunState) -> No
             if not 0 <= position <= context - rows.shape[1]:
                 raise BundleError(f"{file.path}: {rows.shape[1]} rows at {position} of a cache of {context}")
             cache[:, position : position + rows.shape[1]] = rows
-        arguments = [_value(file, call, index) for index in (start, mask, scale)]
-        call.values[step.result] = attend(_value(file, call, query), caches[keys], caches[values], *arguments)
+        x = _value(file, call, query)
+        first, addend, factor = (_value(file, call, index) for index in (start, mask, scale))
+        if not 0 <= first <= context - x.shape[1]:
+            raise BundleError(f"{file.path}: attention of {x.shape[1]} queries at {first} over a cache of {context}")
+        if addend is not None and addend.shape != (x.shape[1], context):
+            raise BundleError(f"{file.path}: a mask {list(addend.shape)} for {x.shape[1]} queries and {context} rows")
+        call.values[step.result] = attend(x, caches[keys], caches[values], first, addend, factor)
     own = slice(state.run.start, state.run.start + len(state.run.tokens))
     state.trace.keys.append(caches[keys][0, own].swapaxes(0, 1).copy())
     state.trace.values.append(caches[values][0, own].swapaxes(0, 1).copy())
