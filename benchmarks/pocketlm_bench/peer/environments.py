@@ -53,8 +53,8 @@ PEERS: Mapping[str, Peer] = {
         title="llama.cpp of llama-cpp-python 0.3.36 without AMX",
         packages=("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==2.3.5"),
         from_source=("llama-cpp-python",),
-        # GCC drops the stores to the tile configuration, and the first prompt ends in a general protection fault: issue
-        # 20824 and pull request 26954 of llama.cpp. Phones have no AMX. What is written in C still reports AMX_INT8 = 1.
+        # GCC drops the stores to the tile configuration, and the first prompt ends in a general protection fault:
+        # issue 20824 and pull request 26954 of llama.cpp. Phones have no AMX. Its C files still report AMX_INT8 = 1.
         build={
             "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16' -DLLAVA_BUILD=OFF "
             "-DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF"
