@@ -1,6 +1,7 @@
 """Processes watched from outside: what they hold is told apart, what they spend is counted, none is left behind."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -94,10 +95,15 @@ def test_an_exception_while_waiting_ends_the_process(tmp_path):
 
     code = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
     interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_watched(program(code, path))
-    interrupter.join()
+    # A shell that started us in the background has left the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            run_watched(program(code, path))
+        interrupter.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not Path(f"/proc/{path.read_text()}").exists()
 
 
