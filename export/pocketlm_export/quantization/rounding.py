@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from pocketlm_export.quantization.schemes import SchemeRow
 
-__all__ = ["LARGEST_SCALE", "SMALLEST_SCALE", "pack_nibbles", "quantize_rows", "unpack_nibbles"]
+__all__ = ["LARGEST_SCALE", "SMALLEST_SCALE", "dequantize_rows", "pack_nibbles", "quantize_rows", "unpack_nibbles"]
 
 SMALLEST_SCALE = 2.0**-17  # below it a bfloat16's 8 bits don't fit into a subnormal float16
 LARGEST_SCALE = 65280.0  # the largest bfloat16 that float16 holds
@@ -51,6 +51,14 @@ def quantize_rows(values: Floats, row: SchemeRow) -> tuple[npt.NDArray[np.int8],
     np.clip(grouped, -top if row.bits == 8 else -top - 1, top, out=grouped)
     codes = np.ascontiguousarray(grouped.astype(np.int8).T).reshape(rows, columns)
     return codes, scales.reshape(rows, columns // group)
+
+
+def dequantize_rows(codes: npt.NDArray[np.int8], scales: Floats) -> Floats:
+    """The inverse of :func:`quantize_rows` up to its rounding: code times scale, exact in float32."""
+    rows, columns = codes.shape
+    wide = codes.reshape(rows, scales.shape[1], -1).astype(np.float32)
+    wide *= scales[:, :, None]
+    return wide.reshape(rows, columns)
 
 
 def pack_nibbles(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:

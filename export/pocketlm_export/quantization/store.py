@@ -28,7 +28,7 @@ from pocketlm.errors import CheckpointError, InputError
 from pocketlm_export.checkpoint.checkpoint import Tensors
 from pocketlm_export.checkpoint.tensors import TensorFile, bfloat16_to_float32
 from pocketlm_export.ownership import abandoned, hold
-from pocketlm_export.quantization.rounding import pack_nibbles, quantize_rows, unpack_nibbles
+from pocketlm_export.quantization.rounding import dequantize_rows, pack_nibbles, quantize_rows, unpack_nibbles
 from pocketlm_export.quantization.schemes import SchemeRow
 
 __all__ = ["LIMIT", "ContentDigest", "QuantizedTensor", "WeightStore", "default_store"]
@@ -102,11 +102,7 @@ class QuantizedTensor:
 
     def dequantized(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
         """float32 ``[n, K]``: code times scale, exact in float32."""
-        codes, scales = self.codes(start, stop), self.scales(start, stop)
-        group = self.row.group or self.shape[1]
-        wide = codes.reshape(codes.shape[0], -1, group).astype(np.float32)
-        wide *= scales[:, :, None]
-        return wide.reshape(codes.shape)
+        return dequantize_rows(self.codes(start, stop), self.scales(start, stop))
 
 
 class WeightStore:

@@ -15,6 +15,7 @@ from pocketlm_export.backends.reading import Reader, WrittenMatrix
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, Tensors, open_checkpoint, read_configuration
 from pocketlm_export.checkpoint.hub import locate
 from pocketlm_export.graph.graph import Graph
+from pocketlm_export.quantization.rounding import dequantize_rows
 from pocketlm_export.quantization.schemes import SchemeRow, scheme_row
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import Weights, quantize
@@ -86,18 +87,10 @@ class ArtifactWeights:
         place = weight.places[self._target]
         for start, stop in row_ranges(weight.shape):
             found = self._reader.rows(place.entry, place.first_row + start, place.first_row + stop)
-            yield start, dequantized(found) if isinstance(found, WrittenMatrix) else found
+            yield start, dequantize_rows(found.codes, found.scales) if isinstance(found, WrittenMatrix) else found
 
     def release(self) -> None:
         """Nothing to do: a reader maps what it is asked for."""
-
-
-def dequantized(matrix: WrittenMatrix) -> Floats:
-    """float32 ``[n, K]``: code times scale."""
-    rows, columns = matrix.codes.shape
-    wide = matrix.codes.reshape(rows, matrix.scales.shape[1], -1).astype(np.float32)
-    wide *= matrix.scales[:, :, None]
-    return wide.reshape(rows, columns)
 
 
 def open_subject(
