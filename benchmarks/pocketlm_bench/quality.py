@@ -83,12 +83,13 @@ def reference_logits(
     checkpoint: Path, context_length: int, windows: Sequence[Sequence[int]]
 ) -> tuple[Session, list[Logits]]:
     """The eager float32 reference on the checkpoint's own weights, and its logits of every window."""
+    from pocketlm_export.architectures import build_graph
     from pocketlm_export.checkpoint.checkpoint import open_checkpoint
     from pocketlm_export.quantization.weights import Weights
     from pocketlm_export.verify.reference import ReferenceSession
 
     opened = open_checkpoint(checkpoint)
-    session = ReferenceSession(opened.config, context_length, Weights(opened.tensors, {}, 0))
+    session = ReferenceSession(build_graph(opened.config, context_length), Weights(opened.tensors, {}, 0))
     logits = []
     for window in windows:
         session.rewind(0)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from pocketlm.errors import TemplateError
 from pocketlm.session import Session
 from pocketlm.template import ChatTemplate
 from pocketlm.tokenizer import Tokenizer
-from pocketlm_export.architectures import DecoderConfig
 from pocketlm_export.checkpoint.text import TextFiles
 from pocketlm_export.golden_texts import CONVERSATIONS, PROMPTS, TEXTS
 from pocketlm_export.graph.graph import Graph
@@ -28,7 +28,7 @@ LARGEST_REPLAYED = 32_000_000  # weights; the reference holds them all, 8 bytes 
 Record = Mapping[str, Any]
 
 
-def write_golden(folder: Path, text: TextFiles, config: DecoderConfig, graph: Graph, weights: Weights) -> None:
+def write_golden(folder: Path, text: TextFiles, graph: Graph, weights: Weights) -> None:
     """Write tokenizer.jsonl, chat.jsonl where there is a template, and replay.jsonl into ``folder``."""
     _write(folder / "tokenizer.jsonl", [_tokenized(text.tokenizer, string) for string in TEXTS])
     if text.template is not None:
@@ -36,7 +36,7 @@ def write_golden(folder: Path, text: TextFiles, config: DecoderConfig, graph: Gr
     prompts = _prompts(text, graph.context_length)
     elements = sum(math.prod(weight.shape) for weight in graph.weights().values())
     if elements <= LARGEST_REPLAYED:
-        prompts = _replayed(prompts, config, graph.context_length, weights)
+        prompts = _replayed(prompts, graph, weights)
     _write(folder / "replay.jsonl", prompts)
 
 
@@ -75,9 +75,7 @@ def _prompts(text: TextFiles, context_length: int) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "prompt_ids": ids} for prompt, ids in encoded if 0 < len(ids) <= context_length - STEPS]
 
 
-def _replayed(
-    prompts: list[dict[str, Any]], config: DecoderConfig, context_length: int, weights: Weights
-) -> list[dict[str, Any]]:
+def _replayed(prompts: list[dict[str, Any]], graph: Graph, weights: Weights) -> list[dict[str, Any]]:
     """The greedy continuation of each prompt by the float64 reference over the bundle's weights."""
     if not prompts:
         return []
@@ -86,8 +84,8 @@ def _replayed(
     from pocketlm_export.verify.reference import ReferenceSession
 
     # Shorter caches than the artifacts': a position never reads what lies behind it.
-    longest = min(context_length, STEPS + max(len(prompt["prompt_ids"]) for prompt in prompts))
-    with ReferenceSession(config, longest, weights, torch.float64) as session:
+    longest = min(graph.context_length, STEPS + max(len(prompt["prompt_ids"]) for prompt in prompts))
+    with ReferenceSession(replace(graph, context_length=longest), weights, torch.float64) as session:
         return [{**prompt, **_greedy(session, prompt["prompt_ids"])} for prompt in prompts]
 
 

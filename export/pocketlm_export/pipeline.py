@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pocketlm.bundle import Bundle, open_bundle
 from pocketlm.errors import CheckError, ContextLengthError, InputError
-from pocketlm_export.architectures import DecoderConfig
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.base import Artifact, Lowering, load_backend
 from pocketlm_export.bundling import BundleWriter
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -15,8 +15,6 @@ from pocketlm_export.checkpoint.hub import locate
 from pocketlm_export.checkpoint.text import open_text, with_tokenizer_stop
 from pocketlm_export.disk_space import require_space
 from pocketlm_export.golden import write_golden
-from pocketlm_export.graph.graph import Graph
-from pocketlm_export.graph.stored import GraphStore
 from pocketlm_export.options import DEFAULT_CONTEXT, ExportOptions
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import LIMIT as STORE_LIMIT
@@ -24,7 +22,7 @@ from pocketlm_export.quantization.store import WeightStore, default_store
 from pocketlm_export.quantization.weights import quantize
 from pocketlm_export.verify import write_certificate
 
-__all__ = ["Progress", "export_bundle", "resolve_context", "trace_decoder"]
+__all__ = ["Progress", "export_bundle", "resolve_context"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +47,15 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
         text = open_text(checkpoint, options.accept)
         checkpoint = replace(checkpoint, generation=with_tokenizer_stop(checkpoint.generation, text.tokenizer))
 
-        progress.stage("trace", 0)
-        root = options.store or default_store()
-        graph = GraphStore(root / "graphs").graph(checkpoint.config, context, trace_decoder)
+        graph = build_graph(checkpoint.config, context)
         weights_needed = graph.weights()
         checkpoint.check_tensors(weights_needed, options.accept)
+        checkpoint.check_saved_head(options.accept)
         rows = assign_rows(graph, options.scheme, options.head, options.group)
         backends = {name: load_backend(name) for name in options.targets}
         for backend in backends.values():
             backend.check(graph, rows)
-        store = WeightStore(root)
+        store = WeightStore(options.store or default_store())
         require_space(writer.output, store, checkpoint, graph, rows, options.targets)
 
         elements = checkpoint.tensors.elements(weights_needed)
@@ -75,7 +72,7 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
             progress=progress.advance,
         )
         artifacts: dict[str, Artifact] = {}
-        libraries = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
+        libraries = {name: importlib.metadata.version(name) for name in ("numpy",)}
         for name, backend in backends.items():
             progress.stage(f"write {name}", elements)
             artifacts[name] = backend.write(lowering, writer.folder(name))
@@ -83,7 +80,7 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
             weights.release()
 
         progress.stage("golden", 0)
-        write_golden(writer.folder("golden"), text, checkpoint.config, graph, weights)
+        write_golden(writer.folder("golden"), text, graph, weights)
 
         progress.stage("finish", 0)
         writer.add_configuration(checkpoint)
@@ -105,13 +102,6 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
             write_certificate(writer.written, certificate)
         writer.commit()
     return open_bundle(output)
-
-
-def trace_decoder(config: DecoderConfig, context_length: int) -> Graph:
-    """:func:`pocketlm_export.graph.trace.trace`, imported when it is needed: it brings torch."""
-    from pocketlm_export.graph.trace import trace
-
-    return trace(config, context_length)
 
 
 def resolve_context(checkpoint: Checkpoint, wanted: int | None) -> int:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import quantize
@@ -27,9 +27,9 @@ def tokens_for(row) -> list[int]:
 
 def reference(folder, scheme: str, tmp_path, head: str = "int8") -> ReferenceSession:
     checkpoint = open_checkpoint(folder)
-    graph = trace(checkpoint.config, checkpoint.config.context_length)
+    graph = build_graph(checkpoint.config, checkpoint.config.context_length)
     weights = quantize(checkpoint.tensors, assign_rows(graph, scheme, head), WeightStore(tmp_path))
-    return ReferenceSession(checkpoint.config, graph.context_length, weights)
+    return ReferenceSession(graph, weights)
 
 
 def transformers_logits(model, tokens: list[int]) -> np.ndarray:

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from pocketlm.errors import InputError, UnsupportedError
 from pocketlm.runtimes.coreml import CoreMLSession
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends import coreml
 from pocketlm_export.backends.base import Lowering
 from pocketlm_export.backends.coreml.importing import coremltools
 from pocketlm_export.backends.coreml.reading.written import WrittenPackage
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.graph.rotary import rotary_tables
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.options import ExportOptions
 from pocketlm_export.pipeline import export_bundle
 from pocketlm_export.quantization.schemes import assign_rows
@@ -38,7 +38,7 @@ def lower(tiny_checkpoint, tmp_path_factory):
 
     def make(name: str, scheme: str, head: str = "int8") -> Lowering:
         checkpoint = open_checkpoint(tiny_checkpoint(name)[0])
-        graph = trace(checkpoint.config, checkpoint.config.context_length)
+        graph = build_graph(checkpoint.config, checkpoint.config.context_length)
         weights = quantize(checkpoint.tensors, assign_rows(graph, scheme, head), store)
         return Lowering(graph, weights, checkpoint.config, checkpoint.generation, checkpoint.tokenizer_files)
 
@@ -266,10 +266,10 @@ def test_a_row_of_zeros_and_rows_beyond_the_square_of_fp16_pass_the_norm(tiny_ch
         str(changed), tmp_path / "bundle", ExportOptions(targets=("coreml",), scheme="fp32", verify=False)
     )
     checkpoint = open_checkpoint(changed)
-    graph = trace(checkpoint.config, 160)
+    graph = build_graph(checkpoint.config, 160)
     weights = quantize(checkpoint.tensors, assign_rows(graph, "fp32", "int8"), WeightStore(tmp_path))
     tokens = [5, 5, 6, 7]
-    expected = ReferenceSession(checkpoint.config, 160, weights).all_logits(tokens)
+    expected = ReferenceSession(graph, weights).all_logits(tokens)
     with bundle.session("coreml") as session:
         found = session.extend(tokens, logits=4)
     assert (expected[0] == 0).all() and (found[0] == 0).all()

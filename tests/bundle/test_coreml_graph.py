@@ -8,6 +8,7 @@ import torch
 
 from pocketlm.errors import UnsupportedError
 from pocketlm.runtimes.coreml_interpreter import Interpreter
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends import coreml
 from pocketlm_export.backends.base import Lowering
 from pocketlm_export.backends.coreml.writer import FORMS, write_package
@@ -25,7 +26,6 @@ from pocketlm_export.graph.graph import (
     Value,
 )
 from pocketlm_export.graph.rotary import Rotary
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import Weights, quantize
@@ -38,7 +38,7 @@ TOKENS = [7, 300, 12, 45, 99, 7, 8, 250, 31, 6, 19, 77]
 def lowering(tiny_checkpoint, tmp_path_factory) -> Lowering:
     """int4, so that every matrix is exact in the artifact; the constants of the graph are such as fp16 holds."""
     checkpoint = open_checkpoint(tiny_checkpoint("qwen3-biases")[0])
-    graph = trace(checkpoint.config, checkpoint.config.context_length)
+    graph = build_graph(checkpoint.config, checkpoint.config.context_length)
     epsilon = float(np.float16(1e-5**0.5)) ** 2
     graph = altered(altered(graph, Attention, scale=0.203125, norm_epsilon=epsilon), RmsNorm, epsilon=epsilon)
     store = WeightStore(tmp_path_factory.mktemp("store"))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pocketlm.errors import BundleError, PocketLMError, UnsupportedError
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends import executorch as backend
 from pocketlm_export.backends.executorch.memory import ALIGNMENT, Lifetime, plan_arena
 from pocketlm_export.backends.executorch.read import open_reader
@@ -20,7 +21,6 @@ from pocketlm_export.backends.executorch.reading.pte import PteFile
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.graph.graph import Attention, Linear, RmsNorm
 from pocketlm_export.graph.rotary import rotary_tables
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.options import ExportOptions
 from pocketlm_export.pipeline import export_bundle
 from pocketlm_export.quantization.schemes import SchemeRow, assign_rows
@@ -49,7 +49,7 @@ def read(bundle) -> PteFile:
 
 def graph_and_weights(folder, scheme: str, head: str, store: Path) -> tuple:
     checkpoint = open_checkpoint(folder)
-    graph = trace(checkpoint.config, checkpoint.config.context_length)
+    graph = build_graph(checkpoint.config, checkpoint.config.context_length)
     return graph, quantize(checkpoint.tensors, assign_rows(graph, scheme, head), WeightStore(store))
 
 
@@ -92,7 +92,7 @@ def test_a_tied_head_reads_the_bytes_of_the_embedding(scheme, head, tiny_bundle)
 
 def test_rotary_tables_and_masks_read_back(tiny_checkpoint, tiny_bundle):
     folder, _ = tiny_checkpoint("mistral-window")
-    graph = trace(open_checkpoint(folder).config, 160)
+    graph = build_graph(open_checkpoint(folder).config, 160)
     file = read(tiny_bundle("mistral-window", "fp32", "executorch"))
     constants = [file.constant(index) for index in range(1, len(file.program.constant_segment.offsets))]
     cos, sin = rotary_tables(graph.attentions[0].rotary, 160)
@@ -223,7 +223,7 @@ def test_what_the_kernels_cannot_express_is_refused_by_name(tiny_checkpoint):
     import dataclasses
 
     folder, _ = tiny_checkpoint("llama")
-    graph = trace(open_checkpoint(folder).config, 160)
+    graph = build_graph(open_checkpoint(folder).config, 160)
     rows = assign_rows(graph, "int4", "int8")
     backend.check(graph, rows)
     capped = [dataclasses.replace(node, softcap=30.0) if isinstance(node, Attention) else node for node in graph]
@@ -253,7 +253,7 @@ def test_the_cut_graph_keeps_every_node_and_the_table_knows_its_kind(tiny_checkp
     from pocketlm_export.backends.executorch.partition import Delegate, partition
 
     folder, _ = tiny_checkpoint("qwen3-biases")
-    graph = trace(open_checkpoint(folder).config, 160)
+    graph = build_graph(open_checkpoint(folder).config, 160)
     steps = partition(graph)
     nodes = [node for step in steps for node in (step.nodes if isinstance(step, Delegate) else [step])]
     assert {type(node) for node in nodes} <= set(EMITTERS)

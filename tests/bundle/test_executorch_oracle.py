@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.executorch.emit import emit
 from pocketlm_export.backends.executorch.packing import Packing
 from pocketlm_export.backends.executorch.writer import write_pte
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.graph.graph import SEQUENCE, Embedding, Graph, Linear, Value, WeightInfo
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.quantization.schemes import SCHEMES, assign_rows
 from pocketlm_export.quantization.store import QuantizedTensor, WeightStore
 from pocketlm_export.quantization.weights import quantize
@@ -124,7 +124,7 @@ def test_a_whole_model_answers_like_the_vendors(row, tiny_checkpoint, tiny_bundl
 
     folder, model = tiny_checkpoint(row)
     checkpoint = open_checkpoint(folder)
-    graph = trace(checkpoint.config, checkpoint.config.context_length)
+    graph = build_graph(checkpoint.config, checkpoint.config.context_length)
     weights = quantize(checkpoint.tensors, assign_rows(graph, "int4", "int8"), WeightStore(tmp_path))
     vendor = copy.deepcopy(model)
     table = weights.quantized(graph.embedding.weight.name)

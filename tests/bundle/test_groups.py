@@ -9,9 +9,9 @@ import pytest
 
 import pocketlm
 from pocketlm.errors import InputError
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.reading import open_reader
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint, read_configuration
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.options import ExportOptions
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
@@ -50,10 +50,10 @@ def test_every_runtime_agrees_with_the_reference_on_the_same_integers(name, grou
     bundle = exported(name, group)
     assert bundle.certificate.passed, bundle.certificate.failures
     checkpoint = open_checkpoint(tiny_checkpoint(name)[0])
-    graph = trace(checkpoint.config, bundle.manifest.model.context_length)
+    graph = build_graph(checkpoint.config, bundle.manifest.model.context_length)
     weights = quantize(checkpoint.tensors, assign_rows(graph, "int4", "int4", group), WeightStore(tmp_path))
     tokens = np.random.default_rng(group).integers(5, 320, PROMPT + DECODE).tolist()
-    expected = run(ReferenceSession(checkpoint.config, graph.context_length, weights), tokens)
+    expected = run(ReferenceSession(graph, weights), tokens)
     for runtime in RUNTIMES:
         with bundle.session(runtime, threads=1) as session:
             assert mean_kl(run(session, tokens), expected) <= MEAN_KL, runtime
@@ -78,7 +78,7 @@ def test_the_manifest_states_each_group_and_every_artifact_has_it(name, group, e
 def test_a_manifest_that_states_another_group_is_a_difference(target, exported):
     bundle = exported("qwen2", 128)
     manifest = bundle.manifest
-    graph = trace(read_configuration(bundle.folder)[1], manifest.model.context_length)
+    graph = build_graph(read_configuration(bundle.folder)[1], manifest.model.context_length)
     name = "model.layers.1.self_attn.q_proj.weight"
     changed = manifest.weights[name].model_copy(update={"group": 32})
     reader = open_reader(target, bundle.folder / manifest.targets[target].path, manifest)

@@ -11,6 +11,7 @@ import pytest
 
 from pocketlm.errors import BundleError, PocketLMError, UnavailableError, UnsupportedError
 from pocketlm.runtimes.onnx import open_session
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.architectures._configuration import LayerConfig
 from pocketlm_export.backends.base import Lowering, load_backend
 from pocketlm_export.backends.onnx.file import OnnxFile
@@ -18,7 +19,6 @@ from pocketlm_export.backends.reading import open_reader
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.graph.graph import Activation
 from pocketlm_export.graph.rotary import Rotary, default_frequencies, rotary_tables
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.options import ExportOptions
 from pocketlm_export.pipeline import export_bundle
 from pocketlm_export.quantization.schemes import SchemeRow, assign_rows
@@ -50,7 +50,7 @@ def tokens_of(length: int) -> list[int]:
 def store_of(bundle, folder, tmp_path):
     """The graph, and the weights as the exporter saw them."""
     checkpoint = open_checkpoint(folder)
-    graph = trace(checkpoint.config, bundle.manifest.model.context_length)
+    graph = build_graph(checkpoint.config, bundle.manifest.model.context_length)
     rows = assign_rows(graph, bundle.manifest.scheme.name, bundle.manifest.scheme.head)
     return graph, quantize(checkpoint.tensors, rows, WeightStore(tmp_path))
 
@@ -273,7 +273,7 @@ def test_a_constant_outside_the_data_file_is_refused(tiny_bundle, tmp_path):
 
 def test_what_the_kernels_lack_is_refused_by_name(tiny_checkpoint):
     checkpoint = open_checkpoint(tiny_checkpoint("llama")[0])
-    graph, backend = trace(checkpoint.config, 64), load_backend("onnx")
+    graph, backend = build_graph(checkpoint.config, 64), load_backend("onnx")
     rows = dict.fromkeys(graph.weights())
     backend.check(graph, rows)
     query = "model.layers.0.self_attn.q_proj.weight"
@@ -311,7 +311,7 @@ def test_layers_may_rotate_a_part_of_their_heads_or_nothing(name, tiny_checkpoin
         LayerConfig(Rotary(default_frequencies(5e3, checkpoint.config.head_dim)), None),
     )
     config = replace(checkpoint.config, layers=layers)
-    graph = trace(config, config.context_length)
+    graph = build_graph(config, config.context_length)
     weights = quantize(checkpoint.tensors, assign_rows(graph, "fp32", "int8"), WeightStore(tmp_path))
     folder = tmp_path / "onnx"
     folder.mkdir()
@@ -320,5 +320,5 @@ def test_layers_may_rotate_a_part_of_their_heads_or_nothing(name, tiny_checkpoin
     )
     load_backend("onnx").write(lowering, folder)
     tokens = tokens_of(50)
-    expected = ReferenceSession(config, config.context_length, weights).all_logits(tokens)[29:]
+    expected = ReferenceSession(graph, weights).all_logits(tokens)[29:]
     assert np.abs(run_unshared(folder, tokens, 30) - expected).max() <= 1e-4 * expected.std()

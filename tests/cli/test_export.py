@@ -131,7 +131,7 @@ def test_debug_shows_the_traceback(pocketlm, tmp_path):
 
 
 INTERRUPTS = (
-    (signal.SIGTERM, "tracing"),
+    (signal.SIGTERM, "reading"),
     (signal.SIGINT, "quantizing"),
     (signal.SIGHUP, "writing"),
 )

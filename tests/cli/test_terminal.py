@@ -39,7 +39,6 @@ def test_an_export_shows_what_it_does_and_how_far(checkpoint, environment, tmp_p
     assert code == 0, shown
     for stage in (
         "reading the checkpoint",
-        "tracing the model",
         "quantizing",
         "writing onnx",
         "golden vectors",

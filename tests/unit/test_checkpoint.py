@@ -10,11 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pocketlm.errors import CheckpointError, UnsupportedError
-from pocketlm_export.architectures import known_architectures
+from pocketlm_export.architectures import build_graph, known_architectures
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.checkpoint.tensors import TensorFile
 from pocketlm_export.checkpoint.text import open_text, with_tokenizer_stop
-from pocketlm_export.graph.trace import trace
 from tests.small_checkpoint import CONFIG, tensors_of, write_header_only, write_small_checkpoint
 
 
@@ -30,7 +29,8 @@ def change_config(folder: Path, **changes) -> None:
 
 def check(folder: Path, accept=()) -> None:
     checkpoint = open_checkpoint(folder, accept)
-    checkpoint.check_tensors(trace(checkpoint.config, 16).weights(), accept)
+    checkpoint.check_tensors(build_graph(checkpoint.config, 16).weights(), accept)
+    checkpoint.check_saved_head(accept)
 
 
 def test_a_small_checkpoint_opens(folder):
@@ -138,7 +138,7 @@ def test_the_tokenizers_end_of_sequence_stops_too(folder):
 
 @pytest.mark.parametrize("context", (2, 3, 7, 8, 9))
 def test_a_short_context_is_traced(context, folder):
-    assert trace(open_checkpoint(folder).config, context).context_length == context
+    assert build_graph(open_checkpoint(folder).config, context).context_length == context
 
 
 def test_a_pad_token_does_not_stop(folder):
@@ -231,7 +231,7 @@ def test_released_models_parse_or_are_refused_for_a_stated_reason(released, tmp_
         if model_type in known_architectures():
             config = open_checkpoint(folder).config
             first_layers = replace(config, layers=config.layers[:2])
-            traced = {name: weight.shape for name, weight in trace(first_layers, 16).weights().items()}
+            traced = {name: weight.shape for name, weight in build_graph(first_layers, 16).weights().items()}
             promised = released_shapes(source, layers=2)
             if config.tied:
                 promised.pop("lm_head.weight", None)  # Qwen3-0.6B saves its copy

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.base import TARGETS
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.disk_space import bundle_bytes, store_bytes
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.options import ExportOptions
 from pocketlm_export.pipeline import export_bundle
 from pocketlm_export.quantization.schemes import assign_rows
@@ -25,7 +25,7 @@ def on_disk(folder: Path) -> int:
 
 def within(source: Path, bundle: Path, scheme: str, head: str, context: int, store: Path | None = None) -> None:
     checkpoint = open_checkpoint(source, ())
-    graph = trace(checkpoint.config, context)
+    graph = build_graph(checkpoint.config, context)
     rows = assign_rows(graph, scheme, head)
     written = on_disk(bundle)
     assert written <= bundle_bytes(checkpoint, graph, rows, TARGETS) <= MOST * written

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pocketlm.errors import CheckpointError, ContextLengthError, UnsupportedError
-from pocketlm_export.inspection import check_targets, inspect_checkpoint
+from pocketlm_export.inspection import inspect_checkpoint
 from tests.small_checkpoint import write_header_only, write_small_checkpoint
 
 
@@ -62,9 +62,9 @@ def test_it_needs_no_torch(tmp_path):
 
 def test_each_target_is_asked(tmp_path):
     folder = write_small_checkpoint(tmp_path / "c")
-    assert check_targets(str(folder)) == {"onnx": None, "executorch": None, "coreml": None}
+    assert inspect_checkpoint(str(folder)).targets == {"onnx": None, "executorch": None, "coreml": None}
     small = write_small_checkpoint(tmp_path / "d", rms_norm_eps=1e5)
-    reasons = check_targets(str(small))
+    reasons = inspect_checkpoint(str(small)).targets
     assert reasons["onnx"] is None
     assert "epsilon" in reasons["coreml"]
 

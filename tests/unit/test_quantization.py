@@ -137,12 +137,12 @@ def test_the_tables_name_themselves():
 
 
 def test_rows_by_class_of_tensor(tiny_checkpoint):
+    from pocketlm_export.architectures import build_graph
     from pocketlm_export.checkpoint.checkpoint import open_checkpoint
-    from pocketlm_export.graph.trace import trace
     from pocketlm_export.quantization.schemes import assign_rows
 
     folder, _ = tiny_checkpoint("llama-odd-widths")  # hidden 100 and intermediate 76: neither a multiple of 32
-    graph = trace(open_checkpoint(folder).config, 160)
+    graph = build_graph(open_checkpoint(folder).config, 160)
     rows = assign_rows(graph, "int4", "int4")
     names = {name: row and row.name for name, row in rows.items()}
     assert names["model.layers.0.self_attn.o_proj.weight"] == "int4"  # 4 heads x 32 columns

@@ -15,8 +15,9 @@ from typing import Any
 
 from pocketlm.bundle import Bundle
 from pocketlm.certificate import TargetCertificate
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
-from pocketlm_export.graph import trace as tracing
+from pocketlm_export.graph.builder import GraphBuilder
 from pocketlm_export.graph.graph import Attention, Graph
 from pocketlm_export.options import ExportOptions
 from pocketlm_export.pipeline import export_bundle
@@ -99,7 +100,7 @@ class FaultTable:
         bundle = self.bundle(model)
         checkpoint = open_checkpoint(self._folder / model)
         with _soft_caps(model):
-            graph = tracing.trace(checkpoint.config, bundle.manifest.model.context_length)
+            graph = build_graph(checkpoint.config, bundle.manifest.model.context_length)
         weights = quantize(checkpoint.tensors, scheme_rows(bundle), self._store)
         return exported_subject(bundle, graph, weights, checkpoint)
 
@@ -117,23 +118,23 @@ class FaultTable:
 @contextmanager
 def _soft_caps(model: str) -> Iterator[None]:
     """Where the model's name says so, every attention of what is traced has a soft cap."""
-    original = tracing.trace
+    original = GraphBuilder.graph
     if model.split()[0] == model:
         yield
         return
 
-    def trace(*arguments: Any) -> Graph:
+    def with_caps(*arguments: Any) -> Graph:
         graph = original(*arguments)
         capped = (
             dataclasses.replace(node, softcap=SOFT_CAP) if isinstance(node, Attention) else node for node in graph
         )
         return dataclasses.replace(graph, nodes=tuple(capped))
 
-    tracing.trace = trace
+    GraphBuilder.graph = with_caps
     try:
         yield
     finally:
-        tracing.trace = original
+        GraphBuilder.graph = original
 
 
 def _row(target: str, place: str, measured: TargetCertificate, base: TargetCertificate) -> Row:

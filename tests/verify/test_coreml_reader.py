@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from pocketlm.errors import BundleError, CheckError, InputError, PocketLMError, UnsupportedError
 from pocketlm.runtimes.coreml import CoreMLSession, function_of
 from pocketlm.runtimes.coreml_interpreter import Interpreter
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.base import Lowering
 from pocketlm_export.backends.coreml.read import open_reader
 from pocketlm_export.backends.coreml.writer import write_package
 from pocketlm_export.backends.reading import Call, NotRun, Past, Run, Trace
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.graph.graph import Attention
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import quantize
@@ -67,7 +67,7 @@ def verified(tiny_checkpoint, tiny_bundle, tmp_path_factory):
     def make(row: str, scheme: str, head: str) -> tuple:
         bundle = tiny_bundle(row, scheme, "coreml", head)
         checkpoint = open_checkpoint(tiny_checkpoint(row)[0])
-        graph = trace(checkpoint.config, checkpoint.config.context_length)
+        graph = build_graph(checkpoint.config, checkpoint.config.context_length)
         weights = quantize(checkpoint.tensors, assign_rows(graph, scheme, head), store)
         stored = open_reader(package_of(bundle), bundle.manifest).stored
         lane = Lane(name="reference", runs=RUNS, weights=weights, stored=stored)

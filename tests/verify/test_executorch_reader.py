@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocketlm.errors import BundleError, PocketLMError, UnsupportedError
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.executorch.read import ExecuTorchReader, open_reader
 from pocketlm_export.backends.executorch.reading.int8 import round_rows
 from pocketlm_export.backends.executorch.reading.kernels import ATTENTION, UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
 from pocketlm_export.backends.reading import Call, NotRun, Past, RowErrors, Run
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import quantize
@@ -68,7 +68,7 @@ def verified(tiny_checkpoint, tiny_bundle, tmp_path_factory):
         folder, _ = tiny_checkpoint(row)
         bundle = tiny_bundle(row, scheme, "executorch", head)
         checkpoint = open_checkpoint(folder)
-        graph = trace(checkpoint.config, checkpoint.config.context_length)
+        graph = build_graph(checkpoint.config, checkpoint.config.context_length)
         weights = quantize(checkpoint.tensors, assign_rows(graph, scheme, head), store)
         lane = Lane(name="reference", runs=RUNS, weights=weights, stored=ExecuTorchReader.stored)
         return bundle, graph, run_lanes(graph, [lane])["reference"]

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.reading import Call, Past, Run, Trace
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import quantize
@@ -20,9 +20,9 @@ CONTEXT = 96
 
 
 @pytest.mark.parametrize("name", ["llama-9-heads", "qwen2-window", "qwen3-biases", "smollm3-window"])
-def test_lockstep_is_the_eager_decoder(name, tiny_checkpoint, tmp_path):
+def test_lockstep_is_the_reference_session(name, tiny_checkpoint, tmp_path):
     checkpoint = open_checkpoint(tiny_checkpoint(name)[0])
-    graph = trace(checkpoint.config, CONTEXT)
+    graph = build_graph(checkpoint.config, CONTEXT)
     weights = quantize(checkpoint.tensors, assign_rows(graph, "int4", "int8"), WeightStore(tmp_path))
     tokens = tuple(int(token) for token in np.random.default_rng(7).integers(0, 300, 40))
     calls = (Call(tokens[:20], 8), Call(tokens[20:30], 3), *(Call((token,), 1) for token in tokens[30:]))
@@ -33,7 +33,7 @@ def test_lockstep_is_the_eager_decoder(name, tiny_checkpoint, tmp_path):
         Lane(name="float32", runs=runs[:1], weights=weights, dtype=torch.float32),
     ]
     traces = run_lanes(graph, lanes)
-    with ReferenceSession(checkpoint.config, CONTEXT, weights, torch.float64) as session:
+    with ReferenceSession(graph, weights, torch.float64) as session:
         logits = session.all_logits(tokens)
     expected = np.concatenate([logits[12:20], logits[27:]])
     found = np.concatenate(traces["exact"][0].logits)
@@ -47,7 +47,7 @@ def test_lockstep_is_the_eager_decoder(name, tiny_checkpoint, tmp_path):
 def test_a_filled_cache_is_what_a_prefill_leaves(tiny_checkpoint, tmp_path):
     """Tokens behind a cache see it: without the past, or with another, the logits differ."""
     checkpoint = open_checkpoint(tiny_checkpoint("llama")[0])
-    graph = trace(checkpoint.config, CONTEXT)
+    graph = build_graph(checkpoint.config, CONTEXT)
     weights = quantize(checkpoint.tensors, assign_rows(graph, "int4", "int8"), WeightStore(tmp_path))
     runs = [Run("a", (Call((5, 6, 7), 3),), past) for past in (None, Past(40), Past(40, seed=1), Past(41))]
     found = run_lanes(graph, [Lane(name="exact", runs=runs, weights=weights)])["exact"]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
 from pocketlm.errors import BundleError, CheckError, PocketLMError, UnsupportedError
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.reading import Call, NotRun, Past, Run, open_reader
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
-from pocketlm_export.graph.trace import trace
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import quantize
@@ -55,7 +55,7 @@ def opened(bundle, folder=None):
 def reference_of(bundle, source, tmp_path, reader, runs=RUNS):
     """The graph, the weights as the exporter saw them, and the float64 reference with the constants of the file."""
     checkpoint = open_checkpoint(source)
-    graph = trace(checkpoint.config, bundle.manifest.model.context_length)
+    graph = build_graph(checkpoint.config, bundle.manifest.model.context_length)
     rows = assign_rows(graph, bundle.manifest.scheme.name, bundle.manifest.scheme.head)
     weights = quantize(checkpoint.tensors, rows, WeightStore(tmp_path))
     lane = Lane(name="exact", runs=runs, weights=weights, stored=reader.stored)

@@ -1,6 +1,7 @@
 """One file per Hugging Face ``model_type``: the file's name is the address, and it states only its difference.
 
-A file defines ``configure(fields) -> DecoderConfig``. Shared parts have names that start with an underscore.
+A file defines ``configure(fields) -> DecoderConfig``, and ``Decoder`` where the model isn't built as Llama is. Shared
+parts have names that start with an underscore.
 """
 
 import importlib
@@ -11,9 +12,11 @@ from typing import Protocol
 
 from pocketlm.errors import UnsupportedError
 from pocketlm_export.architectures._configuration import DecoderConfig
+from pocketlm_export.architectures._decoder import Decoder
 from pocketlm_export.fields import Fields
+from pocketlm_export.graph.graph import Graph
 
-__all__ = ["Architecture", "DecoderConfig", "known_architectures", "load_architecture"]
+__all__ = ["Architecture", "DecoderConfig", "build_graph", "known_architectures", "load_architecture"]
 
 
 class Architecture(Protocol):
@@ -39,3 +42,10 @@ def load_architecture(model_type: str, source: str) -> Architecture:
         )
     module: Architecture = importlib.import_module(f"{__name__}.{model_type}")
     return module
+
+
+def build_graph(config: DecoderConfig, context_length: int) -> Graph:
+    """The graph of ``config`` for caches of ``context_length`` positions, by its architecture."""
+    module = importlib.import_module(f"{__name__}.{config.model_type}")
+    decoder: type[Decoder] = getattr(module, "Decoder", Decoder)
+    return decoder(config, context_length).graph()

@@ -1,7 +1,7 @@
 """The contract between the pipeline and a backend.
 
 A backend is a module ``pocketlm_export.backends.NAME`` with the three functions of :class:`Backend`. It gets the graph
-as traced, merged by no rewrite: it applies the shared rewrites that suit it.
+as written down, merged by no rewrite: it applies the shared rewrites that suit it.
 """
 
 import importlib

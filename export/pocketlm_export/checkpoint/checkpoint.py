@@ -21,6 +21,7 @@ __all__ = ["Checkpoint", "Tensors", "open_checkpoint", "read_configuration"]
 
 QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
 OLD_PHI_KEYS = ("n_embd", "n_head", "n_layer", "n_inner", "n_positions")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEXT_LIKE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
@@ -92,7 +93,8 @@ class Checkpoint:
     def check_tensors(self, weights: Mapping[str, WeightInfo], accept: Collection[str] = ()) -> None:
         """Compare the files with the weights that the graph reads.
 
-        A missing tensor, another shape or dtype, and a tensor that no one knows raise :class:`CheckpointError`.
+        A missing tensor, another shape or dtype, and a tensor that no one knows raise :class:`CheckpointError`. Only
+        headers are read.
         """
         for weight in weights.values():
             if weight.name not in self.tensors.names():
@@ -111,20 +113,22 @@ class Checkpoint:
                 )
         unknown = [name for name in self.tensors.names() if name not in weights and name not in accept]
         unknown = [name for name in unknown if not NEUTRAL_TENSORS.fullmatch(name)]
-        if self.config.tied and "lm_head.weight" in unknown:
-            self._check_saved_head()
-            unknown.remove("lm_head.weight")
+        if self.config.tied and HEAD in unknown:
+            unknown.remove(HEAD)
         if unknown:
             raise CheckpointError(
                 f"{self.folder}: tensors that the model does not use: {', '.join(sorted(unknown)[:3])}"
                 f"{' and others' if len(unknown) > 3 else ''} ({len(unknown)}). If they may be dropped: --accept NAME"
             )
 
-    def _check_saved_head(self) -> None:
-        if self.tensors.digest("lm_head.weight") != self.tensors.digest("model.embed_tokens.weight"):
+    def check_saved_head(self, accept: Collection[str] = ()) -> None:
+        """Raises :class:`CheckpointError` for a tied head that was saved with other values than the embedding's."""
+        if not self.config.tied or HEAD not in self.tensors.names() or HEAD in accept:
+            return
+        if self.tensors.digest(HEAD) != self.tensors.digest(EMBEDDING):
             raise CheckpointError(
-                f"{self.tensors.source('lm_head.weight').path}: lm_head.weight differs from model.embed_tokens.weight, "
-                "but config.json ties them. transformers uses the embedding: --accept lm_head.weight; for the head set "
+                f"{self.tensors.source(HEAD).path}: {HEAD} differs from {EMBEDDING}, "
+                f"but config.json ties them. transformers uses the embedding: --accept {HEAD}; for the head set "
                 "tie_word_embeddings to false"
             )
 

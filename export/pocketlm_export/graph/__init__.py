@@ -1,1 +1,1 @@
-"""One model as one graph: traced once, rewritten for all backends alike, lowered by each."""
+"""One model as one graph: written down once, rewritten for all backends alike, lowered by each."""

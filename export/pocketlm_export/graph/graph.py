@@ -1,4 +1,4 @@
-"""The graph between the trace and the backends: a list of typed nodes over named values.
+"""The graph that every backend lowers: a list of typed nodes over named values.
 
 A node states everything that its operator means; a backend translates every field or refuses it by name. Weights are
 names (Hugging Face's) and never values. Positions of the sequence are the one dynamic dimension, :data:`SEQUENCE`.

@@ -36,7 +36,7 @@ __all__ = ["LIMIT", "ContentDigest", "QuantizedTensor", "WeightStore", "default_
 FORMAT = "1"  # of the entries; a change of the rounding is a change of the format
 LIMIT = 32 << 30  # bytes that an export leaves in the store
 READ_ELEMENTS = 1 << 20
-BLOCK_ELEMENTS = 1 << 19  # float32 temporaries of one block stay in the cache of a core
+BLOCK_ELEMENTS = 1 << 17  # float32 temporaries of one block stay in the cache of a core
 
 
 class ContentDigest:

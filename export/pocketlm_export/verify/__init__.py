@@ -33,21 +33,17 @@ def verify_bundle(
     opened.check_files()
 
     # These import torch, so only once the bundle is known to be good.
-    from pocketlm_export.graph.stored import GraphStore
-    from pocketlm_export.pipeline import Progress, trace_decoder
+    from pocketlm_export.pipeline import Progress
     from pocketlm_export.quantization.store import WeightStore, default_store
     from pocketlm_export.verify.subject import open_subject
     from pocketlm_export.verify.verification import issue_certificate
 
     told = progress or Progress()
-    root = default_store() if store is None else Path(store)
-    graphs = GraphStore(root / "graphs")
     told.stage("verify the files", 0)
     subject = open_subject(
         opened,
         None if reference is None else os.fspath(reference),
-        WeightStore(root),
-        lambda config, context_length: graphs.graph(config, context_length, trace_decoder),
+        WeightStore(default_store() if store is None else Path(store)),
         told.advance,
     )
     certificate = issue_certificate(

@@ -4,7 +4,7 @@ The tokens are known, so nothing waits for a choice: call t needs, at a node, on
 it gave for calls up to t. Memory is one block of a weight, the activations of all calls, and one layer's caches.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,9 +29,9 @@ from pocketlm_export.graph.graph import (
     WeightInfo,
     inputs_of,
 )
-from pocketlm_export.graph.operators import attend
 from pocketlm_export.graph.rotary import Rotary, rotary_tables
 from pocketlm_export.quantization.schemes import SchemeRow
+from pocketlm_export.verify.operators import attend, normalize, pointwise
 
 __all__ = ["Lane", "WeightSource", "run_lanes"]
 
@@ -134,15 +134,6 @@ def _by_weights(states: Sequence["_State"], name: str) -> list[list["_State"]]:
     return list(groups.values())
 
 
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
-
-
 @dataclass(frozen=True, slots=True)
 class _Span:
     """The rows of one call among the rows of all calls of a lane, and its first position."""
@@ -179,12 +170,8 @@ class _State:
     def compute(self, node: Node) -> None:
         values = self.values
         match node:
-            case Add():
-                values[node.output] = values[node.left] + values[node.right]
-            case Multiply():
-                values[node.output] = values[node.left] * values[node.right]
-            case Activation():
-                values[node.output] = ACTIVATIONS[node.kind](values[node.x])
+            case Add() | Multiply() | Activation():
+                values[node.output] = pointwise(node, values)
             case RmsNorm():
                 values[node.output] = self._normalize(values[node.x], node.weight, node.epsilon, node.offset)
             case Attention():
@@ -221,8 +208,7 @@ class _State:
 
     def _normalize(self, x: Tensor, weight: WeightInfo, epsilon: float, offset: float) -> Tensor:
         stored = self.lane.stored
-        mean = x.pow(2).sum(-1, keepdim=True) * stored.reciprocal(x.shape[-1])
-        return x * torch.rsqrt(mean + stored.epsilon(epsilon)) * (self.vector(weight) + offset)
+        return normalize(x, self.vector(weight) + offset, stored.epsilon(epsilon), stored.reciprocal(x.shape[-1]))
 
     def _attend(self, node: Attention) -> None:
         query, key, value = (

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pocketlm.bundle import Bundle
 from pocketlm.errors import InputError
 from pocketlm.manifest import Weight
-from pocketlm_export.architectures import DecoderConfig
+from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.reading import Reader, WrittenMatrix
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, Tensors, open_checkpoint, read_configuration
 from pocketlm_export.checkpoint.hub import locate
@@ -97,7 +97,6 @@ def open_subject(
     bundle: Bundle,
     reference: str | None,
     store: WeightStore,
-    trace: Callable[[DecoderConfig, int], Graph],
     advance: Callable[[str, int], None],
 ) -> Subject:
     """The subject of ``pocketlm verify``; ``reference`` is a folder or ``org/name[@revision]``.
@@ -109,10 +108,11 @@ def open_subject(
     if reference is None:
         bundle.check_files("config.json")
         _, config = read_configuration(bundle.folder, accepted)
-        return Subject(bundle, trace(config, manifest.model.context_length))
+        return Subject(bundle, build_graph(config, manifest.model.context_length))
     checkpoint = open_checkpoint(locate(reference), accepted)
-    graph = trace(checkpoint.config, manifest.model.context_length)
+    graph = build_graph(checkpoint.config, manifest.model.context_length)
     checkpoint.check_tensors(graph.weights(), accepted)
+    checkpoint.check_saved_head(accepted)
     if checkpoint.digest(graph.weights()) != manifest.provenance.checkpoint_sha256:
         raise InputError(f"{reference}: not the checkpoint that {bundle.folder} was made from: its hash differs")
     weights = quantize(checkpoint.tensors, scheme_rows(bundle), store, advance)

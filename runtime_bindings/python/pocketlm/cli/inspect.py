@@ -18,9 +18,6 @@ def inspect(
     context: Annotated[
         int | None, typer.Option(metavar="N", help="Positions for the memory; default: as exported.")
     ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Of a checkpoint: trace it and ask each target (some seconds, needs torch).")
-    ] = False,
     accept: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="Of a checkpoint: a key or tensor to ignore; repeatable.")
     ] = None,
@@ -35,7 +32,7 @@ def inspect(
         if (Path(path) / "manifest.json").exists():
             _inspect_bundle(path, context, json)
         else:
-            _inspect_checkpoint(path, context, check, accept or [], json)
+            _inspect_checkpoint(path, context, accept or [], json)
 
 
 def _inspect_bundle(path: str, context: int | None, json: bool) -> None:
@@ -55,11 +52,11 @@ def _inspect_bundle(path: str, context: int | None, json: bool) -> None:
         print_bundle(description, bundle.certificate)
 
 
-def _inspect_checkpoint(path: str, context: int | None, check: bool, accept: list[str], json: bool) -> None:
+def _inspect_checkpoint(path: str, context: int | None, accept: list[str], json: bool) -> None:
     from pocketlm.errors import UnsupportedError
 
     try:
-        description = _describe_checkpoint(path, context, check, accept)
+        description = _describe_checkpoint(path, context, accept)
     except UnsupportedError as error:
         description = {"kind": "checkpoint", "path": path, "supported": False, "reason": str(error)}
     if json:
@@ -70,17 +67,16 @@ def _inspect_checkpoint(path: str, context: int | None, check: bool, accept: lis
         raise typer.Exit(1)
 
 
-def _describe_checkpoint(path: str, context: int | None, check: bool, accept: list[str]) -> dict[str, Any]:
+def _describe_checkpoint(path: str, context: int | None, accept: list[str]) -> dict[str, Any]:
     from pocketlm.cli.description import KV_BYTES
-    from pocketlm_export.inspection import check_targets, inspect_checkpoint
+    from pocketlm_export.inspection import inspect_checkpoint
 
     report = inspect_checkpoint(path, context_length=context, accept=accept)
     config = report.config
-    reasons = check_targets(path, accept=accept) if check else {}
     return {
         "kind": "checkpoint",
         "path": path,
-        "supported": not check or None in reasons.values(),
+        "supported": None in report.targets.values(),
         "model": {
             "model_type": config.model_type,
             "vocabulary_size": config.vocabulary_size,
@@ -100,8 +96,8 @@ def _describe_checkpoint(path: str, context: int | None, check: bool, accept: li
         "weight_bytes": dict(report.weight_bytes),
         "targets": {
             name: {
-                "supported": reasons[name] is None if check else None,
-                "reason": reasons.get(name),
+                "supported": report.targets[name] is None,
+                "reason": report.targets[name],
                 "kv_cache_bytes": report.kv_values * size,
             }
             for name, size in KV_BYTES.items()
@@ -119,7 +115,6 @@ def _print_checkpoint(description: Mapping[str, Any]) -> None:
         return
     model = description["model"]
     windows = f", windows of {', '.join(map(str, model['windows']))}" if model["windows"] else ""
-    answers = {True: "supported", None: "architecture known; --check asks this target, export does so before any work"}
     print_table(
         (
             ("checkpoint", description["path"]),
@@ -131,7 +126,7 @@ def _print_checkpoint(description: Mapping[str, Any]) -> None:
             *(
                 (
                     name,
-                    f"{answers.get(target['supported'], 'not supported: ' + str(target['reason']))}; cache of "
+                    f"{'supported' if target['supported'] else 'not supported: ' + target['reason']}; cache of "
                     f"{description['memory_context']:,} positions {readable(target['kv_cache_bytes'])}",
                 )
                 for name, target in description["targets"].items()

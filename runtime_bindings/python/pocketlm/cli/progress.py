@@ -16,7 +16,6 @@ __all__ = ["export_progress"]
 
 LABELS = {
     "read": "reading the checkpoint",
-    "trace": "tracing the model",
     "quantize": "quantizing",
     "golden": "golden vectors",
     "finish": "hashing",
