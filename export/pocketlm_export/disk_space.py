@@ -5,6 +5,7 @@ golden vectors, manifest) is bounded by so many bytes for each node, as measured
 this is at least what is written: 2 percent more for SmolLM2-135M, at most 15 where all is a few hundred kilobytes.
 """
 
+import math
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,17 @@ from pathlib import Path
 
 from pocketlm.errors import InputError
 from pocketlm_export.checkpoint.checkpoint import Checkpoint
-from pocketlm_export.graph.graph import Attention, Embedding, Graph, Linear, RmsNorm, WeightInfo
+from pocketlm_export.graph.graph import (
+    Attention,
+    Embedding,
+    Graph,
+    LayerNorm,
+    Linear,
+    MixtureOfExperts,
+    RmsNorm,
+    WeightInfo,
+    weights_of,
+)
 from pocketlm_export.graph.rewrites import merge_linears
 from pocketlm_export.quantization.schemes import SchemeRow, stored_bits
 from pocketlm_export.quantization.store import WeightStore
@@ -126,9 +137,14 @@ def _artifact_bytes(target: str, graph: Graph, rows: Rows) -> int:
                 if any(node.biases):
                     program += form.bias * len(node.biases)
                     regions.append(form.value * sum(weight.shape[0] for weight in node.weights))
-            case RmsNorm():
+            case RmsNorm() | LayerNorm():
                 program += form.norm
-                regions.append(form.value * node.weight.shape[0])
+                regions += [form.value * vector.shape[0] for vector in weights_of(node)]
+            case MixtureOfExperts():
+                program += form.linear * 3 * len(node.gates)
+                regions.append(form.value * math.prod(node.router.shape))
+                for weight in (*node.gates, *node.ups, *node.downs):
+                    regions += _matrix(form, [weight], rows)
             case Attention():
                 program += form.attention
                 for norm in (node.query_norm, node.key_norm):

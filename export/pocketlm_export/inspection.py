@@ -52,7 +52,7 @@ def inspect_checkpoint(
     checkpoint.check_tensors(graph.weights(), accept)
     dtypes: dict[str, int] = {}
     for weight in graph.weights().values():
-        dtype = checkpoint.tensors.source(weight.name).tensors[weight.name].dtype
+        dtype = checkpoint.tensors.dtype(weight.name)
         dtypes[dtype] = dtypes.get(dtype, 0) + math.prod(weight.shape)
     return CheckpointReport(
         source=source,

@@ -24,7 +24,11 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """The mathematics of a decoder. ``context_length`` is the longest the model was made for."""
+    """The mathematics of a decoder. ``context_length`` is the longest the model was made for.
+
+    ``layer_norm``: norms are layer norms with a bias, else RMS norms times weight + ``norm_offset``. ``residual_scale``
+    is on what attention and MLP add; ``attention_scale`` None is 1/sqrt(head_dim).
+    """
 
     model_type: str
     vocabulary_size: int
@@ -40,7 +44,17 @@ class DecoderConfig:
     query_key_value_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     query_key_norm: bool = False
+    layer_norm: bool = False
+    norm_offset: float = 0.0
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

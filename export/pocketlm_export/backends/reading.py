@@ -113,7 +113,8 @@ class StoredConstants:
     """How an artifact stores what the graph states exactly. This rounding is all that the reference adopts from it.
 
     ``table`` is the dtype of rotary tables, ``value`` that of vectors and of matrices that aren't quantized.
-    ``reciprocal`` is the factor that stands for 1/width in the mean of a norm.
+    ``reciprocal`` is the factor that stands for 1/width in the mean of a norm, ``constant`` what a factor, a bound or a
+    soft cap is stored as.
     """
 
     table: type[np.floating[Any]] = np.float32
@@ -121,6 +122,7 @@ class StoredConstants:
     epsilon: Callable[[float], float] = lambda epsilon: epsilon
     scale: Callable[[float], float] = lambda scale: scale
     reciprocal: Callable[[int], float] = lambda width: 1 / width
+    constant: Callable[[float], float] = lambda value: value
 
 
 EXACT = StoredConstants()
@@ -131,7 +133,8 @@ class Fact:
     """Something that the file states and the graph has too: level 1 compares them.
 
     ``node`` is ``attention L`` (layer L), ``norm I`` (the I-th normalization in the order of execution, those of
-    queries and keys included) or ``program``. Names are those of :func:`pocketlm_export.verify.structure.expected`.
+    queries and keys included), ``scale I``, ``clamp I`` or ``experts I`` likewise, or ``program``. Names are those of
+    :func:`pocketlm_export.verify.structure.expected`.
     """
 
     node: str

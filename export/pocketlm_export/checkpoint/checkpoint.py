@@ -16,6 +16,7 @@ from pocketlm_export.checkpoint.neutral import NEUTRAL_KEYS, NEUTRAL_TENSORS
 from pocketlm_export.checkpoint.tensors import FLOAT_TYPES, TensorFile, foreign_format, open_shards
 from pocketlm_export.fields import Fields, read_json
 from pocketlm_export.graph.graph import WeightInfo
+from pocketlm_export.selection import selected, tensor_of
 
 __all__ = ["Checkpoint", "Tensors", "open_checkpoint", "read_configuration"]
 
@@ -26,27 +27,46 @@ TEXT_LIKE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 class Tensors:
-    """The checkpoint's tensors by name. Values are read in blocks; nothing is held."""
+    """The checkpoint's weights by name: tensors, and rows of them (:mod:`pocketlm_export.selection`).
+
+    Values are read in blocks; nothing is held.
+    """
 
     def __init__(self, files: Mapping[str, TensorFile]) -> None:
         self._files = files
         self._digests: dict[str, str] = {}
 
+    def __contains__(self, name: str) -> bool:
+        tensor, selection = selected(name)
+        if tensor not in self._files:
+            return False
+        shape = self._files[tensor].tensors[tensor].shape
+        return selection is None or (len(shape) > 0 and selection.fits(shape[0]))
+
     def source(self, name: str) -> TensorFile:
         """The file that holds ``name``."""
-        return self._files[name]
+        return self._files[tensor_of(name)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The stored shape."""
-        return self._files[name].tensors[name].shape
+        tensor, selection = selected(name)
+        shape = self._files[tensor].tensors[tensor].shape
+        return shape if selection is None else (selection.count(shape[0]), *shape[1:])
+
+    def dtype(self, name: str) -> str:
+        """As safetensors names it."""
+        tensor = tensor_of(name)
+        return self._files[tensor].tensors[tensor].dtype
 
     def values(self, name: str) -> npt.NDArray[np.float32]:
-        """The whole tensor in float32."""
-        return self._files[name].values(name)
+        """The whole weight in float32."""
+        tensor, selection = selected(name)
+        return self._files[tensor].values(tensor, selection)
 
     def blocks(self, name: str, elements: int = 1 << 20) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """``(first row, float32 values)`` of blocks of about ``elements`` values, in order."""
-        return self._files[name].float_blocks(name, elements)
+        tensor, selection = selected(name)
+        return self._files[tensor].float_blocks(tensor, elements, selection)
 
     def elements(self, names: Collection[str]) -> int:
         """How many values ``names`` hold together."""
@@ -57,7 +77,10 @@ class Tensors:
         return self._files.keys()
 
     def digest(self, name: str) -> str:
-        """sha256 of the tensor's dtype, shape and bytes, computed once."""
+        """sha256 of the tensor's dtype, shape and bytes, computed once; of rows, of that and which they are."""
+        tensor, selection = selected(name)
+        if selection is not None:
+            return hashlib.sha256(selection.of(self.digest(tensor)).encode()).hexdigest()
         if name not in self._digests:
             info = self._files[name].tensors[name]
             digest = hashlib.sha256(f"{info.dtype} {list(info.shape)}\n".encode())
@@ -97,21 +120,9 @@ class Checkpoint:
         headers are read.
         """
         for weight in weights.values():
-            if weight.name not in self.tensors.names():
-                raise CheckpointError(f"{self.folder}: tensor {weight.name} {list(weight.shape)} is missing")
-            file = self.tensors.source(weight.name)
-            info = file.tensors[weight.name]
-            if info.shape != weight.shape:
-                raise CheckpointError(
-                    f"{file.path}: {weight.name} has shape {list(info.shape)}, "
-                    f"but config.json asks for {list(weight.shape)}"
-                )
-            if info.dtype not in FLOAT_TYPES:
-                raise CheckpointError(
-                    f"{file.path}: {weight.name} has dtype {info.dtype}; supported: {', '.join(sorted(FLOAT_TYPES))}. "
-                    "A quantized checkpoint can't be exported: take the original one"
-                )
-        unknown = [name for name in self.tensors.names() if name not in weights and name not in accept]
+            self._check_weight(weight)
+        read = {tensor_of(name) for name in weights}
+        unknown = [name for name in self.tensors.names() if name not in read and name not in accept]
         unknown = [name for name in unknown if not NEUTRAL_TENSORS.fullmatch(name)]
         if self.config.tied and HEAD in unknown:
             unknown.remove(HEAD)
@@ -119,6 +130,22 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder}: tensors that the model does not use: {', '.join(sorted(unknown)[:3])}"
                 f"{' and others' if len(unknown) > 3 else ''} ({len(unknown)}). If they may be dropped: --accept NAME"
+            )
+
+    def _check_weight(self, weight: WeightInfo) -> None:
+        tensors, tensor = self.tensors, tensor_of(weight.name)
+        if tensor not in tensors:
+            raise CheckpointError(f"{self.folder}: tensor {weight.name} {list(weight.shape)} is missing")
+        path = tensors.source(tensor).path
+        if weight.name not in tensors or tensors.shape(weight.name) != weight.shape:
+            found, part = list(tensors.shape(tensor)), "" if tensor == weight.name else f" for {weight.name}"
+            raise CheckpointError(
+                f"{path}: {tensor} has shape {found}, but config.json asks for {list(weight.shape)}{part}"
+            )
+        if tensors.dtype(tensor) not in FLOAT_TYPES:
+            raise CheckpointError(
+                f"{path}: {tensor} has dtype {tensors.dtype(tensor)}; supported: {', '.join(sorted(FLOAT_TYPES))}. "
+                "A quantized checkpoint can't be exported: take the original one"
             )
 
     def check_saved_head(self, accept: Collection[str] = ()) -> None:

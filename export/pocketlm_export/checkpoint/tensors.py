@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pocketlm.errors import CheckpointError
 from pocketlm.strict_json import parse_object
 from pocketlm_export.fields import read_json
+from pocketlm_export.selection import RowSelection
 
 __all__ = [
     "FLOAT_TYPES",
@@ -152,10 +153,13 @@ class TensorFile:
         info = self.tensors[name]
         return np.frombuffer(self.buffer(name), dtype=NUMPY_TYPES[info.dtype]).reshape(info.shape)
 
-    def float_blocks(self, name: str, elements: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    def float_blocks(
+        self, name: str, elements: int, selection: RowSelection | None = None
+    ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """``(first row, float32 values)`` of a tensor's blocks of rows, about ``elements`` values each.
 
-        Pages are released behind the reader.
+        With a ``selection``, which must fit, rows are counted among the selected ones. Pages are released behind the
+        reader.
         Raises :class:`CheckpointError` for a tensor that isn't floating point or holds NaN or infinity.
         """
         info = self.tensors[name]
@@ -163,21 +167,22 @@ class TensorFile:
             raise CheckpointError(
                 f"{self.path}: {name}: dtype {info.dtype} is not one of {', '.join(sorted(FLOAT_TYPES))}"
             )
-        raw = self.raw(name)
-        step = max(1, elements // max(1, math.prod(info.shape[1:])))
-        for start in range(0, info.shape[0], step):
-            values = decode_float(raw[start : start + step], info.dtype)
+        start = 0
+        for raw in _row_blocks(self.raw(name), max(1, elements // max(1, math.prod(info.shape[1:]))), selection):
+            values = decode_float(raw, info.dtype)
             if not np.isfinite(values).all():
                 place = np.argwhere(~np.isfinite(values))[0]
                 place[0] += start
-                raise CheckpointError(f"{self.path}: {name}{place.tolist()} is not finite")
+                weight = name if selection is None else selection.of(name)
+                raise CheckpointError(f"{self.path}: {weight}{place.tolist()} is not finite")
             yield start, values
+            start += len(values)
             self.release(name)
 
-    def values(self, name: str) -> npt.NDArray[np.float32]:
-        """The whole tensor in float32, checked as in :meth:`float_blocks`."""
+    def values(self, name: str, selection: RowSelection | None = None) -> npt.NDArray[np.float32]:
+        """The whole tensor, or what is selected of it, in float32, checked as in :meth:`float_blocks`."""
         info = self.tensors[name]
-        blocks = [values for _, values in self.float_blocks(name, 1 << 22)]
+        blocks = [values for _, values in self.float_blocks(name, 1 << 22, selection)]
         return np.concatenate(blocks) if blocks else np.empty(info.shape, np.float32)
 
     def release(self, name: str | None = None) -> None:
@@ -193,6 +198,19 @@ class TensorFile:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
+
+
+def _row_blocks(raw: npt.NDArray[Any], step: int, selection: RowSelection | None) -> Iterator[npt.NDArray[Any]]:
+    """Blocks of about ``step`` rows; views, but for short pieces of a selection, which are gathered."""
+    if selection is None:
+        selection = RowSelection(0, max(1, len(raw)), max(1, len(raw)))
+    periods = raw.reshape(-1, selection.period, *raw.shape[1:])[:, selection.start : selection.stop]
+    width = selection.stop - selection.start
+    together = max(1, step // width)
+    for first in range(0, len(periods), together):
+        rows = periods[first : first + together].reshape(-1, *raw.shape[1:])
+        for start in range(0, len(rows), step):
+            yield rows[start : start + step]
 
 
 def open_shards(folder: Path) -> dict[str, TensorFile]:

@@ -4,6 +4,7 @@ Each method is one operator of the set that every backend lowers; it appends a n
 computed and no weight is read, so the graph of any model is made in milliseconds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pocketlm_export.graph.graph import (
@@ -11,12 +12,17 @@ from pocketlm_export.graph.graph import (
     Activation,
     Add,
     Attention,
+    BlockSparsity,
+    Clamp,
     Embedding,
     Graph,
+    LayerNorm,
     Linear,
+    MixtureOfExperts,
     Multiply,
     Node,
     RmsNorm,
+    Scale,
     Value,
     WeightInfo,
 )
@@ -55,6 +61,12 @@ class GraphBuilder:
         self._nodes.append(RmsNorm(x=x, weight=weight, epsilon=epsilon, offset=offset, output=output))
         return output
 
+    def layer_norm(self, x: Value, weight: WeightInfo, bias: WeightInfo | None, epsilon: float) -> Value:
+        """:class:`LayerNorm`."""
+        output = self._value("layer_norm", x.width)
+        self._nodes.append(LayerNorm(x=x, weight=weight, bias=bias, epsilon=epsilon, output=output))
+        return output
+
     def attention(
         self,
         query: Value,
@@ -72,6 +84,8 @@ class GraphBuilder:
         query_norm: WeightInfo | None = None,
         key_norm: WeightInfo | None = None,
         norm_epsilon: float = 0.0,
+        norm_offset: float = 0.0,
+        sparsity: BlockSparsity | None = None,
     ) -> Value:
         """:class:`Attention`."""
         output = self._value("attention", heads * head_dim)
@@ -79,7 +93,28 @@ class GraphBuilder:
             Attention(
                 layer=layer, query=query, key=key, value=value, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
                 scale=scale, rotary=rotary, window=window, softcap=softcap, query_norm=query_norm, key_norm=key_norm,
-                norm_epsilon=norm_epsilon, output=output,
+                norm_epsilon=norm_epsilon, norm_offset=norm_offset, sparsity=sparsity, output=output,
+            )
+        )  # fmt: skip
+        return output
+
+    def mixture_of_experts(
+        self,
+        x: Value,
+        router: WeightInfo,
+        gates: Sequence[WeightInfo],
+        ups: Sequence[WeightInfo],
+        downs: Sequence[WeightInfo],
+        *,
+        chosen: int,
+        renormalize: bool,
+    ) -> Value:
+        """:class:`MixtureOfExperts`."""
+        output = self._value("experts", x.width)
+        self._nodes.append(
+            MixtureOfExperts(
+                x=x, router=router, gates=tuple(gates), ups=tuple(ups), downs=tuple(downs), chosen=chosen,
+                renormalize=renormalize, output=output,
             )
         )  # fmt: skip
         return output
@@ -95,6 +130,24 @@ class GraphBuilder:
         output = self._value("mul", left.width)
         self._nodes.append(Multiply(left=left, right=right, output=output))
         return output
+
+    def scale(self, x: Value, factor: float) -> Value:
+        """:class:`Scale`; a factor of one is nothing."""
+        if factor == 1:
+            return x
+        output = self._value("scale", x.width)
+        self._nodes.append(Scale(x=x, factor=factor, output=output))
+        return output
+
+    def clamp(self, x: Value, least: float | None, most: float | None) -> Value:
+        """:class:`Clamp`."""
+        output = self._value("clamp", x.width)
+        self._nodes.append(Clamp(x=x, least=least, most=most, output=output))
+        return output
+
+    def softcap(self, x: Value, cap: float) -> Value:
+        """``cap * tanh(x / cap)``."""
+        return self.scale(self.activation("tanh", self.scale(x, 1 / cap)), cap)
 
     def activation(self, kind: str, x: Value) -> Value:
         """:class:`Activation`."""

@@ -4,7 +4,7 @@ A node states everything that its operator means; a backend translates every fie
 names (Hugging Face's) and never values. Positions of the sequence are the one dynamic dimension, :data:`SEQUENCE`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,13 +15,19 @@ __all__ = [
     "Activation",
     "Add",
     "Attention",
+    "BlockSparsity",
+    "Clamp",
     "Embedding",
     "Graph",
     "LastPositions",
+    "LayerNorm",
     "Linear",
+    "MixtureOfExperts",
     "Multiply",
     "Node",
+    "Norm",
     "RmsNorm",
+    "Scale",
     "Value",
     "WeightInfo",
 ]
@@ -84,14 +90,41 @@ class RmsNorm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerNorm:
+    """``output = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias`` over the last axis; bias None: none."""
+
+    x: Value
+    weight: WeightInfo
+    bias: WeightInfo | None
+    epsilon: float
+    output: Value
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSparsity:
+    """Which keys a block-sparse attention sees: those of the last ``local_blocks`` blocks of ``block_size`` positions,
+    and of every ``stride``-th block, shifted by ``head_shift`` blocks from one query head to the next.
+
+    Query ``i`` of head ``h`` sees key ``j <= i`` if ``i // block_size - j // block_size < local_blocks`` or
+    ``(j // block_size + h * head_shift + 1) % stride == 0``.
+    """
+
+    block_size: int
+    local_blocks: int
+    stride: int
+    head_shift: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
     """Causal attention of layer ``layer`` over its KV cache, after normalization and rotation of queries and keys.
 
     ``query`` is ``[1, S, heads * head_dim]``, ``key`` and ``value`` ``[1, S, kv_heads * head_dim]``; query head ``h``
     reads key/value head ``h // (heads / kv_heads)``. ``query_norm`` and ``key_norm`` (``[head_dim]``, RMS with
-    ``norm_epsilon``) come first, then ``rotary`` (None: no rotation) at the absolute position. Key ``j`` is seen by
-    query ``i`` if ``i - window < j <= i`` (window None: ``j <= i``). Scores are multiplied by ``scale``, then, with a
-    ``softcap`` c, replaced by ``c * tanh(score / c)``.
+    ``norm_epsilon``, times weight + ``norm_offset``) come first, then ``rotary`` (None: no rotation) at the absolute
+    position. Key ``j`` is seen by query ``i`` if ``i - window < j <= i`` (window None: ``j <= i``) and, where
+    ``sparsity`` is given, as it says. Scores are multiplied by ``scale``, then, with a ``softcap`` c, replaced by
+    ``c * tanh(score / c)``.
     """
 
     layer: int
@@ -108,6 +141,26 @@ class Attention:
     query_norm: WeightInfo | None
     key_norm: WeightInfo | None
     norm_epsilon: float
+    norm_offset: float
+    sparsity: BlockSparsity | None
+    output: Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureOfExperts:
+    """``output = sum of p[e] * downs[e](silu(gates[e](x)) * ups[e](x))`` over the ``chosen`` experts of each position.
+
+    ``p`` is the softmax of ``x @ router.T`` over all experts; the ``chosen`` largest are taken, divided by their sum if
+    ``renormalize``. ``router`` ``[E, D]``; of each expert ``gates`` and ``ups`` ``[I, D]``, ``downs`` ``[D, I]``.
+    """
+
+    x: Value
+    router: WeightInfo
+    gates: tuple[WeightInfo, ...]
+    ups: tuple[WeightInfo, ...]
+    downs: tuple[WeightInfo, ...]
+    chosen: int
+    renormalize: bool
     output: Value
 
 
@@ -130,6 +183,25 @@ class Multiply:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """``output = x * factor``."""
+
+    x: Value
+    factor: float
+    output: Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clamp:
+    """``output = min(max(x, least), most)``; None: no such bound."""
+
+    x: Value
+    least: float | None
+    most: float | None
+    output: Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
     """``kind``: ``silu`` (x sigmoid(x)), ``gelu`` (erf), ``gelu_tanh``, ``tanh`` or ``sigmoid``, element by element."""
 
@@ -147,7 +219,20 @@ class LastPositions:
     output: Value
 
 
-Node = Embedding | Linear | RmsNorm | Attention | Add | Multiply | Activation | LastPositions
+Norm = RmsNorm | LayerNorm
+Node = (
+    Embedding
+    | Linear
+    | Norm
+    | Attention
+    | MixtureOfExperts
+    | Add
+    | Multiply
+    | Scale
+    | Clamp
+    | Activation
+    | LastPositions
+)
 
 
 def inputs_of(node: Node) -> tuple[Value, ...]:
@@ -172,6 +257,10 @@ def weights_of(node: Node) -> tuple[WeightInfo, ...]:
             return node.weights + tuple(bias for bias in node.biases if bias is not None)
         case Embedding() | RmsNorm():
             return (node.weight,)
+        case LayerNorm():
+            return (node.weight,) if node.bias is None else (node.weight, node.bias)
+        case MixtureOfExperts():
+            return (node.router, *node.gates, *node.ups, *node.downs)
         case Attention():
             return tuple(norm for norm in (node.query_norm, node.key_norm) if norm is not None)
         case _:
@@ -204,8 +293,12 @@ class Graph:
 
     @property
     def head(self) -> Linear:
-        """The linear that makes the logits."""
-        (node,) = (node for node in self.nodes if isinstance(node, Linear) and self.logits in node.outputs)
+        """The linear that makes the logits; a scale or a soft cap may follow it."""
+        makers = {value: node for node in self.nodes for value in outputs_of(node)}
+        node = makers[self.logits]
+        while isinstance(node, Scale | Activation):
+            node = makers[node.x]
+        assert isinstance(node, Linear)
         return node
 
     @property
@@ -237,4 +330,8 @@ def substitute(node: Node, values: Mapping[Value, Value]) -> Node:
     return replace(node, **changes) if changes else node
 
 
-Rewrite = Callable[[Graph], Graph]
+def with_outputs(node: Node, values: Mapping[Value, Value]) -> Node:
+    """``node`` making ``values[v]`` wherever it made ``v``."""
+    if isinstance(node, Linear):
+        return replace(node, outputs=tuple(values.get(value, value) for value in node.outputs))
+    return replace(node, output=values.get(node.output, node.output))

@@ -2,7 +2,18 @@
 
 from dataclasses import replace
 
-from pocketlm_export.graph.graph import Graph, LastPositions, Linear, Node, RmsNorm, Value, substitute
+from pocketlm_export.graph.graph import (
+    Graph,
+    LastPositions,
+    Linear,
+    Node,
+    Norm,
+    Value,
+    inputs_of,
+    outputs_of,
+    substitute,
+    with_outputs,
+)
 
 __all__ = ["keep_last_positions", "merge_linears"]
 
@@ -32,18 +43,19 @@ def merge_linears(graph: Graph) -> Graph:
 
 def keep_last_positions(graph: Graph, rows: int) -> Graph:
     """Logits of the last ``min(rows, sequence)`` positions only: cut before the final norm, where it saves most."""
-    by_output = {node.output: node for node in graph if isinstance(node, RmsNorm)}
-    norm = by_output[graph.head.x]
-    cut = Value(f"{norm.x.name}_last", (1, rows, norm.x.width))
-    hidden = Value(f"{norm.output.name}_last", (1, rows, norm.output.width))
-    logits = Value(graph.logits.name, (1, rows, graph.logits.width))
+    makers = {value: node for node in graph for value in outputs_of(node)}
+    norm = makers[graph.head.x]
+    assert isinstance(norm, Norm)
+    last = Value(f"{norm.x.name}_last", (1, rows, norm.x.width))
+    cut = {norm.output: Value(f"{norm.output.name}_last", (1, rows, norm.output.width))}
     nodes: list[Node] = []
     for node in graph:
         if node is norm:
-            nodes.append(LastPositions(x=norm.x, rows=rows, output=cut))
-            nodes.append(replace(norm, x=cut, output=hidden))
-        elif node is graph.head:
-            nodes.append(replace(graph.head, x=hidden, outputs=(logits,)))
-        else:
-            nodes.append(substitute(node, {norm.output: hidden}))
-    return replace(graph, nodes=tuple(nodes), logits=logits)
+            nodes.append(LastPositions(x=norm.x, rows=rows, output=last))
+            nodes.append(replace(norm, x=last, output=cut[norm.output]))
+            continue
+        if cut.keys() & set(inputs_of(node)):
+            cut |= {value: Value(value.name, (1, rows, value.width)) for value in outputs_of(node)}
+            node = with_outputs(node, cut)
+        nodes.append(substitute(node, cut))
+    return replace(graph, nodes=tuple(nodes), logits=cut[graph.logits])

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pocketlm.manifest import SchemeName
-from pocketlm_export.graph.graph import Graph, Linear
+from pocketlm_export.graph.graph import Graph, Linear, MixtureOfExperts, Node, WeightInfo
 
 __all__ = ["GROUPS", "HEADS", "SCHEMES", "SchemeRow", "assign_rows", "fitting_row", "scheme_row", "stored_bits"]
 
@@ -48,19 +48,29 @@ def assign_rows(
 ) -> dict[str, SchemeRow | None]:
     """The row of every weight of ``graph``; None keeps its values.
 
-    Matrices of linears take the scheme's row, embedding and lm head the head's, vectors none; ``group`` is the size of
+    Matrices of linears and experts take the scheme's row, embedding and lm head the head's, vectors and routers none;
+    ``group`` is the size of
     int4's groups, where it fits: see :func:`fitting_row`.
     """
     rows: dict[str, SchemeRow | None] = dict.fromkeys(graph.weights())
     if SCHEMES[scheme] is None:
         return rows
     for node in graph:
-        if isinstance(node, Linear):
-            for weight in node.weights:
-                rows[weight.name] = fitting_row(scheme_row(scheme, group), weight.shape)
+        for weight in _matrices(node):
+            rows[weight.name] = fitting_row(scheme_row(scheme, group), weight.shape)
     for table in (graph.head.weights[0], graph.embedding.weight):
         rows[table.name] = fitting_row(scheme_row(head, group), table.shape)
     return rows
+
+
+def _matrices(node: Node) -> tuple[WeightInfo, ...]:
+    match node:
+        case Linear():
+            return node.weights
+        case MixtureOfExperts():
+            return (*node.gates, *node.ups, *node.downs)
+        case _:
+            return ()
 
 
 def fitting_row(row: SchemeRow | None, shape: tuple[int, ...]) -> SchemeRow | None:

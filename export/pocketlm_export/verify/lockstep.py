@@ -19,19 +19,23 @@ from pocketlm_export.graph.graph import (
     Activation,
     Add,
     Attention,
+    Clamp,
     Embedding,
     Graph,
+    LayerNorm,
     Linear,
+    MixtureOfExperts,
     Multiply,
     Node,
     RmsNorm,
+    Scale,
     Value,
     WeightInfo,
     inputs_of,
 )
 from pocketlm_export.graph.rotary import Rotary, rotary_tables
 from pocketlm_export.quantization.schemes import SchemeRow
-from pocketlm_export.verify.operators import attend, normalize, pointwise
+from pocketlm_export.verify.operators import attend, choose_experts, layer_norm, normalize, pointwise
 
 __all__ = ["Lane", "WeightSource", "run_lanes"]
 
@@ -81,6 +85,8 @@ def run_lanes(graph: Graph, lanes: Sequence[Lane]) -> dict[str, list[Trace]]:
                         for state in states:
                             state.keep_judged_rows(node.x)
                     _multiply_weights(node, states)
+                case MixtureOfExperts():
+                    _mix_experts(node, states)
                 case _:
                     for state in states:
                         state.compute(node)
@@ -95,42 +101,66 @@ def _embed(node: Embedding, states: Sequence["_State"]) -> None:
     for state in states:
         state.values[node.output] = torch.empty(len(state.tokens), node.weight.shape[1], dtype=state.lane.dtype)
     for group in _by_weights(states, node.weight.name):
-        for start, block in group[0].lane.weights.blocks(node.weight.name):
-            for state in group:
+        weights = states[group[0]].lane.weights
+        for start, block in weights.blocks(node.weight.name):
+            for state in (states[index] for index in group):
                 here = (state.tokens >= start) & (state.tokens < start + len(block))
                 rows = state.rounded(node.weight.name, block[state.tokens[here] - start])
                 state.values[node.output][torch.from_numpy(here)] = rows
-        group[0].lane.weights.release()
+        weights.release()
 
 
 def _multiply_weights(node: Linear, states: Sequence["_State"]) -> None:
     for weight, bias, output in zip(node.weights, node.biases, node.outputs, strict=True):
-        for state in states:
-            x = state.values[node.x]
-            state.values[output] = torch.empty(len(x), weight.shape[0], dtype=x.dtype)
-        for group in _by_weights(states, weight.name):
-            # Lanes of one dtype on the same values are one product.
-            x = torch.cat([state.linear_input(node.x, weight) for state in group])
-            for start, block in group[0].lane.weights.blocks(weight.name):
-                y = x @ group[0].rounded(weight.name, block).T
-                first = 0
-                for state in group:
-                    made = state.values[output]
-                    made[:, start : start + len(block)] = y[first : first + len(made)]
-                    first += len(made)
-            group[0].lane.weights.release()
-        if bias is not None:
-            for state in states:
-                state.values[output] += state.vector(bias)
+        products = _products(weight, states, [state.values[node.x] for state in states])
+        for state, product in zip(states, products, strict=True):
+            state.values[output] = product if bias is None else product.add_(state.vector(bias))
 
 
-def _by_weights(states: Sequence["_State"], name: str) -> list[list["_State"]]:
-    """The lanes that multiply with the very same numbers."""
-    groups: dict[tuple[object, ...], list[_State]] = {}
-    for state in states:
+def _mix_experts(node: MixtureOfExperts, states: Sequence["_State"]) -> None:
+    """Expert by expert; each sees the rows that chose it."""
+    inputs = [state.values[node.x] for state in states]
+    shares = [
+        choose_experts(scores, node.chosen, node.renormalize) for scores in _products(node.router, states, inputs)
+    ]
+    results = [torch.zeros_like(x) for x in inputs]
+    for index, (gate, up, down) in enumerate(zip(node.gates, node.ups, node.downs, strict=True)):
+        here = [share[:, index] > 0 for share in shares]
+        rows = [x[chosen] for x, chosen in zip(inputs, here, strict=True)]
+        inner = [
+            torch.nn.functional.silu(g) * u
+            for g, u in zip(_products(gate, states, rows), _products(up, states, rows), strict=True)
+        ]
+        for result, share, chosen, made in zip(results, shares, here, _products(down, states, inner), strict=True):
+            result[chosen] += share[chosen][:, index, None] * made
+    for state, result in zip(states, results, strict=True):
+        state.values[node.output] = result
+
+
+def _products(weight: WeightInfo, states: Sequence["_State"], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``inputs[i] @ weight.T`` on the weights of lane i. Lanes of one dtype on the same values are one product."""
+    products = [torch.empty(len(x), weight.shape[0], dtype=x.dtype) for x in inputs]
+    for group in _by_weights(states, weight.name):
+        first = states[group[0]]
+        x = torch.cat([states[index].linear_input(inputs[index], weight) for index in group])
+        for start, block in first.lane.weights.blocks(weight.name):
+            y = x @ first.rounded(weight.name, block).T
+            row = 0
+            for index in group:
+                made = products[index]
+                made[:, start : start + len(block)] = y[row : row + len(made)]
+                row += len(made)
+        first.lane.weights.release()
+    return products
+
+
+def _by_weights(states: Sequence["_State"], name: str) -> list[list[int]]:
+    """Indices of the lanes that multiply with the very same numbers."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, state in enumerate(states):
         lane = state.lane
         value = lane.stored.value if lane.weights.row(name) is None else None
-        groups.setdefault((id(lane.weights), lane.dtype, value), []).append(state)
+        groups.setdefault((id(lane.weights), lane.dtype, value), []).append(index)
     return list(groups.values())
 
 
@@ -170,10 +200,12 @@ class _State:
     def compute(self, node: Node) -> None:
         values = self.values
         match node:
-            case Add() | Multiply() | Activation():
-                values[node.output] = pointwise(node, values)
+            case Add() | Multiply() | Scale() | Clamp() | Activation():
+                values[node.output] = pointwise(node, values, self.lane.stored.constant)
             case RmsNorm():
                 values[node.output] = self._normalize(values[node.x], node.weight, node.epsilon, node.offset)
+            case LayerNorm():
+                values[node.output] = self._layer_norm(values[node.x], node)
             case Attention():
                 self._attend(node)
             case _:
@@ -188,8 +220,9 @@ class _State:
             values = values.astype(self.lane.stored.value)
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.lane.dtype)
 
-    def linear_input(self, x: Value, weight: WeightInfo) -> Tensor:
-        values, rounding = self.values[x], self.lane.round_activations
+    def linear_input(self, values: Tensor, weight: WeightInfo) -> Tensor:
+        """As the shipped kernel takes it."""
+        rounding = self.lane.round_activations
         if rounding is None or self.lane.weights.row(weight.name) is None:
             return values
         return torch.from_numpy(rounding(weight.name, values.float().numpy())).to(values.dtype)
@@ -210,15 +243,22 @@ class _State:
         stored = self.lane.stored
         return normalize(x, self.vector(weight) + offset, stored.epsilon(epsilon), stored.reciprocal(x.shape[-1]))
 
+    def _layer_norm(self, x: Tensor, node: LayerNorm) -> Tensor:
+        stored, bias = self.lane.stored, None if node.bias is None else self.vector(node.bias)
+        return layer_norm(
+            x, self.vector(node.weight), bias, stored.epsilon(node.epsilon), stored.reciprocal(x.shape[-1])
+        )
+
     def _attend(self, node: Attention) -> None:
         query, key, value = (
             self.values[x].view(-1, heads, node.head_dim)
             for x, heads in ((node.query, node.heads), (node.key, node.kv_heads), (node.value, node.kv_heads))
         )
         if node.query_norm is not None:
-            query = self._normalize(query, node.query_norm, node.norm_epsilon, 0.0)
+            query = self._normalize(query, node.query_norm, node.norm_epsilon, node.norm_offset)
         if node.key_norm is not None:
-            key = self._normalize(key, node.key_norm, node.norm_epsilon, 0.0)
+            key = self._normalize(key, node.key_norm, node.norm_epsilon, node.norm_offset)
+        softcap = None if node.softcap is None else self.lane.stored.constant(node.softcap)
         result = torch.empty(len(self.tokens), node.heads * node.head_dim, dtype=query.dtype)
         for index, run in enumerate(self.lane.runs):
             k_cache, v_cache = self._caches(node, run)
@@ -234,7 +274,8 @@ class _State:
                 q, k, v = (t[rows].transpose(0, 1)[None] for t in (query, key, value))
                 result[rows] = attend(
                     q, k, v, k_cache, v_cache, span.position, tables,
-                    scale=self.lane.stored.scale(node.scale), window=node.window, softcap=node.softcap,
+                    scale=self.lane.stored.scale(node.scale), window=node.window,
+                    softcap=softcap, sparsity=node.sparsity,
                 )[0]  # fmt: skip
             keys, values = (cache[0, :, run.start :].numpy().copy() for cache in (k_cache, v_cache))
             self.traces[index].keys.append(keys)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from pocketlm_export.graph.graph import Activation, Add, Multiply, Value
+from pocketlm_export.graph.graph import Activation, Add, BlockSparsity, Clamp, Multiply, Scale, Value
 
-__all__ = ["Pointwise", "attend", "normalize", "pointwise"]
+__all__ = ["Pointwise", "attend", "choose_experts", "layer_norm", "normalize", "pointwise"]
 
-Pointwise = Add | Multiply | Activation
+Pointwise = Add | Multiply | Scale | Clamp | Activation
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
@@ -23,13 +23,21 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def pointwise(node: Pointwise, values: Mapping[Value, Tensor]) -> Tensor:
-    """The output of a node that works element by element, from the values that it reads."""
+def pointwise(
+    node: Pointwise, values: Mapping[Value, Tensor], constant: Callable[[float], float] = lambda value: value
+) -> Tensor:
+    """The output of a node that works element by element, from the values that it reads; ``constant`` gives its
+    constants as they are stored."""
     match node:
         case Add():
             return values[node.left] + values[node.right]
         case Multiply():
             return values[node.left] * values[node.right]
+        case Scale():
+            return values[node.x] * constant(node.factor)
+        case Clamp():
+            least, most = (None if bound is None else constant(bound) for bound in (node.least, node.most))
+            return torch.clamp(values[node.x], least, most)
         case Activation():
             return ACTIVATIONS[node.kind](values[node.x])
 
@@ -37,6 +45,22 @@ def pointwise(node: Pointwise, values: Mapping[Value, Tensor]) -> Tensor:
 def normalize(x: Tensor, weight: Tensor, epsilon: float, reciprocal: float) -> Tensor:
     """RMS norm over the last axis, times ``weight``; ``reciprocal`` is one over the axis' size, as it is stored."""
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) * reciprocal + epsilon) * weight
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, reciprocal: float) -> Tensor:
+    """Layer norm over the last axis; ``reciprocal`` as in :func:`normalize`."""
+    centered = x - x.sum(-1, keepdim=True) * reciprocal
+    normal = normalize(centered, weight, epsilon, reciprocal)
+    return normal if bias is None else normal + bias
+
+
+def choose_experts(scores: Tensor, chosen: int, renormalize: bool) -> Tensor:
+    """Router scores ``[S, E]`` -> the weight of each expert ``[S, E]``, zero where it isn't chosen."""
+    weights = scores.softmax(-1)
+    top, experts = torch.topk(weights, chosen)
+    if renormalize:
+        top = top / top.sum(-1, keepdim=True)
+    return torch.zeros_like(weights).scatter_(-1, experts, top)
 
 
 def _rotate(x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -60,6 +84,7 @@ def attend(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sparsity: BlockSparsity | None = None,
 ) -> Tensor:
     """The meaning of :class:`pocketlm_export.graph.graph.Attention` behind its norms.
 
@@ -82,5 +107,15 @@ def attend(
     seen = torch.arange(stop)[None, :] <= positions
     if window:
         seen &= torch.arange(stop)[None, :] > positions - window
+    if sparsity is not None:
+        seen = seen & _visible(sparsity, heads, start, stop)
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return (weights @ values).transpose(1, 2).reshape(batch, sequence, heads * head_dim)
+
+
+def _visible(sparsity: BlockSparsity, heads: int, start: int, stop: int) -> Tensor:
+    """``[heads, S, stop]``, causality apart."""
+    query = torch.arange(start, stop)[None, :, None] // sparsity.block_size
+    key = torch.arange(stop)[None, None, :] // sparsity.block_size
+    shift = torch.arange(heads)[:, None, None] * sparsity.head_shift
+    return (query - key < sparsity.local_blocks) | ((key + shift + 1) % sparsity.stride == 0)

@@ -13,17 +13,21 @@ from pocketlm_export.graph.graph import (
     Activation,
     Add,
     Attention,
+    Clamp,
     Embedding,
     Graph,
+    LayerNorm,
     Linear,
+    MixtureOfExperts,
     Multiply,
     RmsNorm,
+    Scale,
     Value,
     WeightInfo,
 )
 from pocketlm_export.graph.rotary import Rotary, rotary_tables
 from pocketlm_export.quantization.weights import Weights
-from pocketlm_export.verify.operators import attend, normalize, pointwise
+from pocketlm_export.verify.operators import attend, choose_experts, layer_norm, normalize, pointwise
 
 __all__ = ["ReferenceSession"]
 
@@ -62,9 +66,16 @@ class ReferenceSession(Session):
                             )
                     case RmsNorm():
                         values[node.output] = self._normalize(values[node.x], node.weight, node.epsilon, node.offset)
+                    case LayerNorm():
+                        values[node.output] = layer_norm(
+                            values[node.x], self._weights[node.weight.name], self._optional(node.bias), node.epsilon,
+                            1 / node.weight.shape[0],
+                        )  # fmt: skip
                     case Attention():
                         values[node.output] = self._attend(node, values, position)
-                    case Add() | Multiply() | Activation():
+                    case MixtureOfExperts():
+                        values[node.output] = self._mix_experts(node, values[node.x])
+                    case Add() | Multiply() | Scale() | Clamp() | Activation():
                         values[node.output] = pointwise(node, values)
                     case _:
                         raise UnsupportedError(f"the reference does not compute {type(node).__name__}")
@@ -86,16 +97,27 @@ class ReferenceSession(Session):
             for x, heads in ((node.query, node.heads), (node.key, node.kv_heads), (node.value, node.kv_heads))
         )
         if node.query_norm is not None:
-            query = self._normalize(query, node.query_norm, node.norm_epsilon, 0.0)
+            query = self._normalize(query, node.query_norm, node.norm_epsilon, node.norm_offset)
         if node.key_norm is not None:
-            key = self._normalize(key, node.key_norm, node.norm_epsilon, 0.0)
+            key = self._normalize(key, node.key_norm, node.norm_epsilon, node.norm_offset)
         rows = slice(position, position + query.shape[1])
         tables = self._tables[node.rotary]
         k_cache, v_cache = self._caches[node.layer]
         return attend(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), k_cache, v_cache, position,
             tables and (tables[0][rows], tables[1][rows]), scale=node.scale, window=node.window, softcap=node.softcap,
+            sparsity=node.sparsity,
         )  # fmt: skip
+
+    def _mix_experts(self, node: MixtureOfExperts, x: Tensor) -> Tensor:
+        linear, weights = torch.nn.functional.linear, self._weights
+        shares = choose_experts(linear(x, weights[node.router.name]), node.chosen, node.renormalize)
+        result = torch.zeros_like(x)
+        for index, (gate, up, down) in enumerate(zip(node.gates, node.ups, node.downs, strict=True)):
+            here = shares[..., index] > 0
+            inner = torch.nn.functional.silu(linear(x[here], weights[gate.name])) * linear(x[here], weights[up.name])
+            result[here] += shares[here][:, index, None] * linear(inner, weights[down.name])
+        return result
 
     def _normalize(self, x: Tensor, weight: WeightInfo, epsilon: float, offset: float) -> Tensor:
         return normalize(x, self._weights[weight.name] + offset, epsilon, 1 / x.shape[-1])

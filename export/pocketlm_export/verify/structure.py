@@ -12,7 +12,15 @@ from pocketlm.certificate import Check
 from pocketlm.errors import BundleError, CheckError
 from pocketlm.manifest import Manifest, Weight
 from pocketlm_export.backends.reading import Reader, StoredConstants, WrittenMatrix
-from pocketlm_export.graph.graph import Attention, Graph, RmsNorm
+from pocketlm_export.graph.graph import (
+    Attention,
+    Clamp,
+    Graph,
+    LayerNorm,
+    MixtureOfExperts,
+    RmsNorm,
+    Scale,
+)
 from pocketlm_export.graph.rotary import rotary_tables
 from pocketlm_export.quantization.rounding import pack_nibbles
 from pocketlm_export.quantization.store import ContentDigest
@@ -90,19 +98,29 @@ def _compare_facts(reader: Reader, graph: Graph) -> "_Tally":
 def expected(graph: Graph, stored: StoredConstants) -> dict[tuple[str, str], Value]:
     """``(node, name) -> value`` of every fact, rounded as the artifact stores it.
 
-    Nodes: ``program``; ``attention L``; ``norm I``, in the order of execution, those of queries and keys included.
+    Nodes: ``program``; ``attention L``; ``norm I``, in the order of execution, those of queries and keys included;
+    ``scale I``, ``clamp I`` and ``experts I``.
     """
     facts: dict[tuple[str, str], Value] = {
         ("program", "context_length"): graph.context_length,
         ("program", "vocabulary_size"): graph.logits.width,
     }
-    epsilons: list[float] = []
+    listed: dict[str, list[dict[str, Value]]] = {"norm": [], "scale": [], "clamp": [], "experts": []}
     for node in graph:
         match node:
-            case RmsNorm():
-                epsilons.append(node.epsilon)
+            case RmsNorm() | LayerNorm():
+                listed["norm"].append({"epsilon": stored.epsilon(node.epsilon)})
+            case Scale():
+                listed["scale"].append({"factor": stored.constant(node.factor)})
+            case Clamp():
+                bounds = {"least": node.least, "most": node.most}
+                listed["clamp"].append({k: None if v is None else stored.constant(v) for k, v in bounds.items()})
+            case MixtureOfExperts():
+                listed["experts"].append({"chosen": node.chosen, "renormalize": node.renormalize})
             case Attention():
-                epsilons += [node.norm_epsilon] * sum(norm is not None for norm in (node.query_norm, node.key_norm))
+                norms = sum(norm is not None for norm in (node.query_norm, node.key_norm))
+                listed["norm"] += [{"epsilon": stored.epsilon(node.norm_epsilon)}] * norms
+                softcap = None if node.softcap is None else stored.constant(node.softcap)
                 cosine: Value = None
                 sine: Value = None
                 if node.rotary is not None:
@@ -111,13 +129,18 @@ def expected(graph: Graph, stored: StoredConstants) -> dict[tuple[str, str], Val
                     (f"attention {node.layer}", name): value
                     for name, value in (
                         ("heads", node.heads), ("kv_heads", node.kv_heads), ("head_dim", node.head_dim),
-                        ("scale", stored.scale(node.scale)), ("window", node.window), ("softcap", node.softcap),
+                        ("scale", stored.scale(node.scale)), ("window", node.window), ("softcap", softcap),
                         ("cosine", cosine), ("sine", sine),
                     )
                 }  # fmt: skip
             case _:
                 pass
-    return facts | {(f"norm {index}", "epsilon"): stored.epsilon(value) for index, value in enumerate(epsilons)}
+    return facts | {
+        (f"{kind} {index}", name): value
+        for kind, nodes in listed.items()
+        for index, node_facts in enumerate(nodes)
+        for name, value in node_facts.items()
+    }
 
 
 def row_ranges(shape: tuple[int, ...] | list[int]) -> Iterator[tuple[int, int]]:
