@@ -15,7 +15,17 @@ from pocketlm_export.backends.base import Artifact, Lowering
 from pocketlm_export.backends.onnx.attention import lowered
 from pocketlm_export.backends.onnx.layout import DATA_FILE
 from pocketlm_export.backends.onnx.writer import write_data
-from pocketlm_export.graph.graph import Activation, Attention, Graph, Linear
+from pocketlm_export.graph.graph import (
+    Activation,
+    Add,
+    Attention,
+    Embedding,
+    Graph,
+    LastPositions,
+    Linear,
+    Multiply,
+    RmsNorm,
+)
 from pocketlm_export.quantization.schemes import SchemeRow
 from pocketlm_export.vendor_tokenizers import write_tokenizer_files
 
@@ -48,6 +58,16 @@ def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
                 )
             case Attention() if node.rotary is not None and 2 * len(node.rotary.frequencies) > node.head_dim:
                 raise UnsupportedError(f"onnx: layer {node.layer} rotates more than its head size of {node.head_dim}")
+            case Attention() if node.sparsity is not None:
+                raise UnsupportedError(f"onnx: layer {node.layer}: block-sparse attention is not supported")
+            case Attention() if node.norm_offset:
+                raise UnsupportedError(
+                    f"onnx: layer {node.layer}: norms of queries and keys with an offset are not supported"
+                )
+            case Embedding() | Linear() | RmsNorm() | Attention() | Add() | Multiply() | Activation() | LastPositions():
+                pass
+            case _:
+                raise UnsupportedError(f"onnx: {type(node).__name__} is not supported")
     shapes = {(node.kv_heads, node.head_dim) for node in graph.attentions}
     if len(shapes) > 1:
         raise UnsupportedError(
