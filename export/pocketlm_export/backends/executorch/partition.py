@@ -99,6 +99,7 @@ def partition(graph: Graph) -> list[Delegate | Kernel]:
 def _without_whole_attention(graph: Graph) -> Iterator[Delegated | Kernel]:
     for node in graph:
         if not isinstance(node, Attention):
+            assert isinstance(node, Delegated | Kernel), node  # `check` has refused any other
             yield node
             continue
         wide = {}
