@@ -10,25 +10,42 @@ from pathlib import Path
 
 from pocketlm.errors import UnsupportedError
 from pocketlm_export.backends.base import Artifact, Lowering
-from pocketlm_export.graph.graph import Activation, Attention, Graph, LastPositions, RmsNorm
+from pocketlm_export.graph.graph import (
+    Activation,
+    Add,
+    Attention,
+    Embedding,
+    Graph,
+    LastPositions,
+    Linear,
+    Multiply,
+    RmsNorm,
+)
 from pocketlm_export.quantization.schemes import SchemeRow
 
 __all__ = ["check", "libraries", "write"]
 
+NODES = (Activation, Add, Attention, Embedding, LastPositions, Linear, Multiply, RmsNorm)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid")
 LARGEST_EPSILON = 2.0**-5  # sqrt(epsilon) / 2^-10 squared, which the norm computes, must stay below 65504
 
 
 def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
-    """Raises :class:`UnsupportedError` for caches of several shapes, an epsilon that fp16 can't hold, an unknown
-    activation, cuts of several rows and scheme rows other than int4 and int8."""
+    """Raises :class:`UnsupportedError` for caches of several shapes, a node or field that isn't translated, an epsilon
+    that fp16 can't hold, an unknown activation, cuts of several rows and scheme rows other than int4 and int8."""
     shapes = {(node.kv_heads, node.head_dim) for node in graph.attentions}
     if len(shapes) != 1:
         raise UnsupportedError(
             f"coreml: layers with different (kv_heads, head_dim): {sorted(shapes)}; one is supported"
         )
     for node in graph:
+        if not isinstance(node, NODES):
+            raise UnsupportedError(f"coreml: {node.output.name}: {type(node).__name__} is not supported")
         match node:
+            case Attention(sparsity=sparsity) if sparsity is not None:
+                raise UnsupportedError(f"coreml: {node.output.name}: block-sparse attention is not supported")
+            case Attention(norm_offset=offset) if offset:
+                raise UnsupportedError(f"coreml: {node.output.name}: norm_offset {offset} is not supported")
             case RmsNorm():
                 _check_epsilon(node.output.name, node.epsilon)
             case Attention():
