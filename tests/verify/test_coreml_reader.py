@@ -160,7 +160,7 @@ def test_what_needs_core_ml_is_not_run(tiny_bundle):
         assert isinstance(found, NotRun) and "Core ML" in found.reason
 
 
-def test_runs_that_do_not_fit_are_refused_by_name(tiny_bundle, monkeypatch):
+def test_runs_whose_states_are_large_go_apart_and_none_passes_the_context(tiny_bundle, monkeypatch):
     bundle = tiny_bundle("qwen2-window", "int4", "coreml")
     reader = open_reader(package_of(bundle), bundle.manifest)
     with pytest.raises(InputError, match="run 'long': 158 \\+ 3 positions of 160"):
@@ -171,8 +171,7 @@ def test_runs_that_do_not_fit_are_refused_by_name(tiny_bundle, monkeypatch):
     monkeypatch.setattr("pocketlm_export.backends.coreml.reading.running.LARGEST_STATE", reader.state_bytes(RUNS[-1]))
     assert largest(together, reader.execute(RUNS)) < EXACT  # in several batches
     monkeypatch.setattr("pocketlm_export.backends.coreml.reading.running.LARGEST_STATE", 1 << 10)
-    with pytest.raises(UnsupportedError, match="run 'a prompt in two calls': its state takes"):
-        reader.execute(RUNS)
+    assert largest(together, reader.execute(RUNS)) < EXACT  # each alone, which is larger
 
 
 def test_what_overflows_fp16_is_named_by_operator(tiny_bundle, tmp_path):

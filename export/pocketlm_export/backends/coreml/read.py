@@ -56,9 +56,13 @@ class CoreMLReader:
         count = self._package.row_count(entry)
         if not 0 <= start <= stop <= count:
             raise BundleError(f"{self._package.file}: {entry}: rows {start} to {stop} of {count}")
+        found: WrittenMatrix | Floats
         if entry in self._package.quantized:
-            return self._package.matrix(entry, start, stop)
-        return self._package.constant(entry, start, stop).astype(np.float32)
+            found = self._package.matrix(entry, start, stop)
+        else:
+            found = self._package.constant(entry, start, stop).astype(np.float32)
+        self._package.release()
+        return found
 
     def facts(self) -> Iterator[Fact]:
         """What all functions state. Raises :class:`BundleError` naming the function that states something else, has
@@ -72,8 +76,12 @@ class CoreMLReader:
         yield from facts
 
     def execute(self, runs: Sequence[Run]) -> list[Trace]:
-        """In float64. Raises :class:`UnsupportedError` for a run whose state is too large (:meth:`state_bytes`)."""
+        """In float64."""
         return self._runner.run(runs)
+
+    def in_parts(self, runs: Sequence[Run]) -> None:  # noqa: ARG002  the contract's
+        """None: there is no runtime here."""
+        return
 
     def emulate(self, runs: Sequence[Run]) -> list[Trace]:
         """As shipped, in fp16. Raises :class:`pocketlm.CheckError` naming the operator that made infinity or NaN."""
@@ -153,6 +161,7 @@ class CoreMLReader:
                 surplus = not rows.all()
             else:
                 surplus = bool(np.any(self._package.constant(name)[~rows])) if not rows.all() else False
+            self._package.release()
             if surplus:
                 raise BundleError(f"{self._package.file}: {name}: holds values of no weight")
 

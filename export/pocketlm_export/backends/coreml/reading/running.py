@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketlm.errors import InputError, UnsupportedError
+from pocketlm.errors import InputError
 from pocketlm.runtimes.coreml import function_of
 from pocketlm.runtimes.coreml_interpreter import Interpreter, Request
 from pocketlm_export.backends.reading import Run, Trace
 
 __all__ = ["LARGEST_STATE", "Runner"]
 
-LARGEST_STATE = 600 << 20
-"""Bytes of the states that are held at once."""
+LARGEST_STATE = 1 << 30
+"""Bytes of the states of runs that go together. One that is larger goes alone: how large is for whoever chooses runs,
+and verification fills no cache that takes more than this in float64."""
 
 KEYS, VALUES = "k_cache", "v_cache"
 Array = npt.NDArray[Any]
@@ -39,11 +40,8 @@ class Runner:
         return 2 * layers * kv_heads * positions * head_dim * self._interpreter.held_dtype(KEYS).itemsize
 
     def run(self, runs: Sequence[Run]) -> list[Trace]:
-        """Runs whose states fit together go together.
-
-        Raises :class:`UnsupportedError` naming a run whose state alone is larger than LARGEST_STATE,
-        :class:`InputError` for one that passes the context.
-        """
+        """Runs whose states fit into LARGEST_STATE go together. Raises :class:`InputError` naming one that passes the
+        context."""
         return [trace for batch in self._batches(runs) for trace in self._run(batch)]
 
     def _batches(self, runs: Sequence[Run]) -> Iterator[list[Run]]:
@@ -53,12 +51,7 @@ class Runner:
             size = self.state_bytes(run)
             if run.start + len(run.tokens) > self._shape[2]:
                 raise InputError(f"run {run.name!r}: {run.start} + {len(run.tokens)} positions of {self._shape[2]}")
-            if size > LARGEST_STATE:
-                raise UnsupportedError(
-                    f"run {run.name!r}: its state takes {size >> 20} MiB, more than {LARGEST_STATE >> 20}; "
-                    "choose one that reaches fewer positions"
-                )
-            if held + size > LARGEST_STATE:
+            if batch and held + size > LARGEST_STATE:
                 yield batch
                 batch, held = [], 0
             batch.append(run)

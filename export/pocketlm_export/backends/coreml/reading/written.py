@@ -70,6 +70,10 @@ class WrittenPackage:
         """The quantized matrices."""
         return tuple(self._quantized)
 
+    def release(self) -> None:
+        """Let the kernel drop the mapped pages: resident memory counts them."""
+        self._package.release()
+
     def constant(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """The stored values of rows ``start..stop``, in their own type."""
         return self._rows(self._values[name], name, start, stop)

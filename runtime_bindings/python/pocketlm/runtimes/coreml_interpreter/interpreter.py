@@ -158,7 +158,7 @@ class Interpreter:
             if id(request.state) not in turns:
                 turns[id(request.state)] = Turns(request.state)
             calls.append(self._call(request, Turn(turns[id(request.state)], number)))
-        return run_together(calls)
+        return run_together(calls, self._package.release)
 
     def _call(self, request: Request, turn: Turn | None = None) -> Call:
         name = self._function_name(request.function)

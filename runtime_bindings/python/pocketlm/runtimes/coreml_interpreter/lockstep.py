@@ -4,7 +4,7 @@ Each call runs up to its next product with a stored weight and waits. The weight
 for is multiplied with the rows of the calls that wait for it, block by block, and these calls go on, in their order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ __all__ = ["run_together"]
 Array = NDArray[Any]
 
 
-def run_together(calls: Sequence[Call]) -> list[dict[str, Array]]:
+def run_together(calls: Sequence[Call], release: Callable[[], None]) -> list[dict[str, Array]]:
     """The results of each call. Those that share a state have turns (:class:`Turns`), which refuse a wrong order.
+    ``release`` is called behind each weight.
 
     In float64 the rows of all calls are one product; in the rounding precisions each call's product is its own, so
     that the results are bit by bit those of the calls one after another.
@@ -41,6 +42,7 @@ def run_together(calls: Sequence[Call]) -> list[dict[str, Array]]:
             products = [waiting.pop(number) for number in together]
             found = answers(products, stacked=calls[together[0]].settings.precision.name == "float64")
             del products
+            release()
             for number in together:
                 proceed(number, found.pop(0))
     return results

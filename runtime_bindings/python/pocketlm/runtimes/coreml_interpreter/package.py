@@ -7,6 +7,7 @@ record (sentinel 0xDEADBEEF, data type, size in bytes, absolute offset of the da
 
 import json
 import math
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -127,6 +128,13 @@ class Package:
             kind = self.model.WhichOneof("Type") or "nothing"
             raise UnsupportedError(f"{self.model_file}: holds {kind}; only mlProgram is supported")
         self._blob_files: dict[str, NDArray[np.uint8]] = {}
+        self._maps: list[mmap.mmap] = []
+
+    def release(self) -> None:
+        """Let the kernel drop the mapped pages: resident memory counts them."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def blob(self, file_name: str, offset: int, element: str, shape: tuple[int, ...], where: str) -> NDArray[np.uint8]:
         """The packed bytes of one blob, mapped and not read; ``where`` names the operator in errors.
@@ -186,7 +194,10 @@ class Package:
         path = self._inside(folder / file_name.removeprefix(_MODEL_FOLDER_PREFIX), where)
         if path.stat().st_size < _BLOB_RECORD_BYTES:
             raise BundleError(f"{path}: {path.stat().st_size} bytes, shorter than a weight file's header")
-        data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._maps.append(mapped)
+        data: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)
         version = int.from_bytes(data[4:8].tobytes(), "little")
         if version != _BLOB_STORAGE_VERSION:
             raise BundleError(f"{path}: storage version {version}, not {_BLOB_STORAGE_VERSION}")
