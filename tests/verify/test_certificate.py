@@ -76,6 +76,21 @@ def test_a_bundle_of_core_ml_alone_says_what_it_can_not_compare(tiny_bundle, tmp
     assert certificate.targets["coreml"].levels[0].facts["not comparable without the checkpoint"] > 0
 
 
+@pytest.mark.parametrize("target", ["onnx", "executorch"])
+def test_what_is_too_large_for_a_session_runs_in_parts(target, exported, checkpoint, store, tmp_path, monkeypatch):
+    folder = shutil.copytree(exported.folder, tmp_path / "bundle")
+    monkeypatch.setattr(f"pocketlm_export.backends.{target}.read.LARGEST_SESSION", 0)
+    certificate = pocketlm.verify(folder, reference=checkpoint, store=store, targets=[target])
+    assert certificate.passed
+    facts = certificate.targets[target].levels[-1].facts
+    whole = exported.certificate.targets[target].levels[-1].facts
+    assert facts["runtime"] == "in parts, along the texts"
+    assert [facts[name] for name in ("rms", "mean KL", "top-1")] == [
+        whole[name] for name in ("rms", "mean KL", "top-1")
+    ]
+    assert facts["greedy steps"] == facts["positions"]
+
+
 @pytest.mark.parametrize("target", ["onnx", "executorch", "coreml"])
 def test_nothing_quantized(target, tiny_bundle, tmp_path):
     folder = tmp_path / "bundle"

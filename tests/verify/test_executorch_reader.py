@@ -123,6 +123,21 @@ def test_the_shipped_linears_compute_what_int8_means(row, scheme, head, tiny_bun
     assert found.errors.max() < 2e-2  # a code on the edge of rounding may fall to either side
 
 
+@pytest.mark.parametrize(("row", "scheme", "head"), VARIANTS, ids=IDS)
+def test_parts_of_the_program_compute_the_bits_of_a_session(row, scheme, head, tiny_bundle, monkeypatch):
+    bundle = tiny_bundle(row, scheme, "executorch", head)
+    reader = open_reader(pte(bundle), bundle.manifest)
+    texts = [run for run in RUNS if run.past is None]
+    assert reader.in_parts(texts) is None
+    monkeypatch.setattr("pocketlm_export.backends.executorch.read.LARGEST_SESSION", 0)
+    monkeypatch.setattr("pocketlm_export.backends.executorch.reading.parts.LARGEST_PART", 0)
+    with bundle.session("executorch") as session:
+        for run, trace in zip(texts, reader.in_parts(texts), strict=True):
+            session.rewind(0)
+            for call, logits in zip(run.calls, trace.logits, strict=True):
+                np.testing.assert_array_equal(session.extend(call.tokens, logits=call.rows), logits)
+
+
 # Of still smaller rows XNNPACK's own scale is infinite.
 ACTIVATIONS = st.floats(-1e6, 1e6, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0)
 

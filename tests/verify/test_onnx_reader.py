@@ -137,6 +137,34 @@ def test_exposing_the_products_changes_no_bit(tiny_bundle):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("llama-9-heads", "int4"), ("qwen2-window", "int4"), ("qwen3-biases", "fp32")]
+)
+def test_pieces_of_the_decoder_compute_the_bits_of_the_whole(name, scheme, tiny_bundle, monkeypatch):
+    bundle = tiny_bundle(name, scheme, "onnx")
+    reader = opened(bundle)
+    assert reader.in_parts(RUNS) is None
+    means, products = reader.meaning(RUNS), reader.kernels(RUNS)
+    with bundle.session("onnx") as session:
+        calls = [session.extend(call.tokens, logits=call.rows) for call in RUNS[0].calls]
+    monkeypatch.setattr("pocketlm_export.backends.onnx.read.LARGEST_SESSION", 0)
+    monkeypatch.setattr("pocketlm_export.backends.onnx.pieces.LARGEST_PIECE", 0)
+    shipped = reader.in_parts(RUNS)
+    assert len(shipped) == len(RUNS)
+    for one, other in zip(calls, shipped[0].logits, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(means, reader.meaning(RUNS), strict=True):
+        for side in ("logits", "keys", "values"):
+            for left, right in zip(getattr(one, side), getattr(other, side), strict=True):
+                np.testing.assert_array_equal(left, right)
+    apart = reader.kernels(RUNS)
+    if scheme == "fp32":
+        assert apart == products == NotRun("nothing is quantized")
+        return
+    assert (apart.pieces, apart.worst) == (products.pieces, products.worst)
+    np.testing.assert_array_equal(apart.errors, products.errors)
+
+
 def test_activations_are_rounded_block_by_block_half_to_even(tiny_bundle):
     reader = opened(tiny_bundle("llama-odd-widths", "int4", "onnx"))
     x = np.zeros((1, 40), np.float32)

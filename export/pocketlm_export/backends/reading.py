@@ -20,6 +20,7 @@ from pocketlm.manifest import Manifest
 
 __all__ = [
     "EXACT",
+    "LARGEST_SESSION",
     "Call",
     "Fact",
     "NotRun",
@@ -32,6 +33,9 @@ __all__ = [
     "WrittenMatrix",
     "open_reader",
 ]
+
+LARGEST_SESSION = 1 << 30
+"""Bytes of an artifact's weights that verification loads into a runtime at once, which packs them into memory anew."""
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -193,6 +197,10 @@ class Reader(Protocol):
 
     def kernels(self, runs: Sequence[Run]) -> RowErrors | NotRun:
         """Every quantized linear of the shipped artifact in the real runtime, recomputed from the inputs it had."""
+
+    def in_parts(self, runs: Sequence[Run]) -> list[Trace] | None:
+        """The shipped artifact in the real runtime, one part in memory after another, over all calls of all runs; None
+        if it is small enough for a session, or if no runtime is here. Caches may stay unseen."""
 
     def emulate(self, runs: Sequence[Run]) -> list[Trace] | None:
         """The artifact in its own precision where its runtime exists nowhere here; None if a session runs it."""

@@ -28,7 +28,7 @@ from pocketlm_export.verify.levels import (
     whole_level,
 )
 from pocketlm_export.verify.lockstep import Lane, WeightSource, run_lanes
-from pocketlm_export.verify.structure import Values, check_structure
+from pocketlm_export.verify.structure import Structure, Values, check_structure
 
 __all__ = ["EXACT_LANE", "Artifact", "judge_artifact", "open_artifact", "reference_lanes", "refused_artifact"]
 
@@ -93,14 +93,16 @@ def judge_artifact(
     weights: WeightSource,
     values: Values | None,
     stage: Stage,
+    checked: Structure | None = None,
 ) -> TargetCertificate:
-    """``traces``: of :func:`reference_lanes`; they are taken out as they are used. ``values``: see level 1."""
+    """``traces``: of :func:`reference_lanes`; they are taken out as they are used. ``values``: see level 1, of which
+    ``checked`` is the result where it is known."""
     reader, target = artifact.reader, artifact.target
     both = (*runs.texts, *runs.probes)
     exact, eager = traces.pop(EXACT_LANE), traces.pop(EAGER)
 
     def bytes_level() -> Level:
-        return level(1, *check_structure(target, reader, graph, artifact.bundle.manifest, values))
+        return level(1, *(checked or check_structure(target, reader, graph, artifact.bundle.manifest, values)))
 
     stage(f"read {target}", 0)
     said = [
@@ -132,20 +134,29 @@ def _whole_level(
     traces: Mapping[str, list[Trace]],
     weights: WeightSource,
 ) -> Level:
-    """The artifact chooses; one pass of the reference scores its choices."""
+    """The artifact chooses; one pass of the reference scores its choices. What is too large for a session runs in
+    parts, for which all tokens must be known: it chooses at every judged position of the texts."""
     texts = exact[: len(runs.texts)]
     emulated = artifact.reader.emulate(runs.texts)
     if emulated is not None:
         return emulated_level(texts, emulated)
+    simulated = traces.get(SIMULATED)
+    floor = eager[: len(runs.texts)] if simulated is None else simulated
+    parts = artifact.reader.in_parts(runs.texts)
+    if parts is not None:
+        greedy = Greedy(_choices(parts), texts, runtime="in parts, along the texts")
+        return whole_level(texts, floor, parts, greedy, quantized=simulated is not None)
     with artifact.bundle.session(artifact.target) as session:
         shipped = [_session_trace(session, run) for run in runs.texts]
         chosen = _greedy(session, runs.greedy_prompt, runs.steps)
     own = greedy_run("the greedy continuation", runs.greedy_prompt, chosen)
     lane = Lane(name=EXACT_LANE, runs=[own], weights=weights, stored=artifact.reader.stored)
     greedy = Greedy(chosen, run_lanes(graph, [lane])[EXACT_LANE])
-    simulated = traces.get(SIMULATED)
-    floor = eager[: len(runs.texts)] if simulated is None else simulated
     return whole_level(texts, floor, shipped, greedy, quantized=simulated is not None)
+
+
+def _choices(traces: Sequence[Trace]) -> list[int]:
+    return [int(row.argmax()) for trace in traces for logits in trace.logits for row in logits]
 
 
 def _unasked(levels: Sequence[int], failed: Level) -> list[Level]:

@@ -118,10 +118,12 @@ def kernels_level(measured: RowErrors | NotRun) -> Level:
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
-    """Tokens that an artifact chose, and the reference's logits of each choice, ``[steps, vocabulary]``."""
+    """Tokens that an artifact chose, and the reference's logits of each choice, ``[steps, vocabulary]``. ``runtime``:
+    how it ran, if not in a session that goes on with its own choices."""
 
     chosen: Sequence[int]
     reference: Sequence[Trace]
+    runtime: str | None = None
 
 
 def whole_level(
@@ -175,6 +177,8 @@ def _greedy_regret(greedy: Greedy) -> tuple[float, Facts]:
     regrets = (logits.max(-1) - logits[steps, chosen]) / deviation
     apart = np.flatnonzero(regrets > 0)
     facts: Facts = {"greedy steps": len(chosen), "greedy steps off the reference's choice": len(apart)}
+    if greedy.runtime is not None:
+        facts["runtime"] = greedy.runtime
     if len(apart):
         first = int(apart[0])
         second, best = np.partition(logits[first], -2)[-2:]

@@ -26,10 +26,12 @@ from pocketlm_export.quantization.rounding import pack_nibbles
 from pocketlm_export.quantization.store import ContentDigest
 from pocketlm_export.verify.thresholds import DIFFERING, check
 
-__all__ = ["check_structure", "expected", "row_ranges"]
+__all__ = ["Structure", "check_structure", "expected", "row_ranges"]
 
 BLOCK_ELEMENTS = 1 << 20
 Floats = npt.NDArray[np.float32]
+Structure = tuple[list[Check], dict[str, int]]
+"""Level 1's checks, and how many things of each kind were compared."""
 Value = int | float | str | npt.NDArray[Any] | None
 
 
@@ -40,12 +42,9 @@ class Values(Protocol):
         """``(first row, values)``."""
 
 
-def check_structure(
-    target: str, reader: Reader, graph: Graph, manifest: Manifest, values: Values | None
-) -> tuple[list[Check], dict[str, int]]:
-    """Level 1's checks, and how many things of each kind were compared.
-
-    ``values`` None: nothing to compare rounded values with; those that aren't exact are counted as ``not comparable``.
+def check_structure(target: str, reader: Reader, graph: Graph, manifest: Manifest, values: Values | None) -> Structure:
+    """Level 1. ``values`` None: nothing to compare rounded values with; those that aren't exact are counted as ``not
+    comparable``.
     """
     weights, incomparable = _compare_weights(target, reader, manifest, values)
     facts = _compare_facts(reader, graph)

@@ -21,10 +21,10 @@ from pocketlm_export.verify.artifact import (
     refused_artifact,
 )
 from pocketlm_export.verify.evidence import Runs, choose_runs
-from pocketlm_export.verify.lockstep import Lane, WeightSource, run_lanes
+from pocketlm_export.verify.lockstep import Lane, run_lanes
 from pocketlm_export.verify.loss import measure_loss
 from pocketlm_export.verify.oracle import check_oracle, judge_oracle, oracle_traces
-from pocketlm_export.verify.structure import check_structure
+from pocketlm_export.verify.structure import Structure, check_structure
 from pocketlm_export.verify.subject import ArtifactWeights, Subject
 from pocketlm_export.verify.text import check_text
 
@@ -93,7 +93,11 @@ def measure(
     bundle, graph = subject.bundle, subject.graph
     elements = sum(math.prod(weight.shape) for weight in graph.weights().values())
     runs = choose_runs(graph, bundle.manifest, bundle.tokenizer, elements)
-    weights = subject.weights or _weights_of_an_artifact(subject, targets)
+    source, checked = None, None
+    if subject.weights is not None:
+        weights = subject.weights
+    else:
+        source, weights, checked = _weights_of_an_artifact(subject, targets)
     values = None if isinstance(weights, ArtifactWeights) and not weights.exact else weights
     certificates: dict[str, TargetCertificate] = {}
     loss, judged_oracle = None, None
@@ -112,7 +116,8 @@ def measure(
                 stage(f"run {oracle}", 0)
                 judged_oracle = judge_oracle(original, eager, oracle_traces(subject.checkpoint, runs.texts))
             del original, eager
-        certificates[target] = judge_artifact(artifact, graph, runs, traces, weights, values, stage)
+        known = checked if target == source else None
+        certificates[target] = judge_artifact(artifact, graph, runs, traces, weights, values, stage, known)
         weights.release()
         del artifact, traces  # before the next target's are made
     return Measured(runs.evidence(), certificates, loss, judged_oracle)
@@ -126,8 +131,9 @@ def _chosen(bundle: Bundle, targets: Sequence[str] | None) -> list[str]:
     return present if targets is None else list(dict.fromkeys(targets))
 
 
-def _weights_of_an_artifact(subject: Subject, targets: Sequence[str]) -> WeightSource:
-    """The weights as one of the artifacts holds them: of those with exact values the first that the manifest knows."""
+def _weights_of_an_artifact(subject: Subject, targets: Sequence[str]) -> tuple[str, ArtifactWeights, Structure]:
+    """The weights as one of the artifacts holds them: of those with exact values the first that the manifest knows.
+    With its name and what level 1 found of it: what is held against itself would be no other."""
     bundle = subject.bundle
     opened = {target: open_artifact(bundle, target) for target in targets}
     readers = {target: found.reader for target, found in opened.items() if not isinstance(found, PocketLMError)}
@@ -136,12 +142,14 @@ def _weights_of_an_artifact(subject: Subject, targets: Sequence[str]) -> WeightS
         raise BundleError(f"{bundle.folder}: no artifact can be read: {refusals}")
     order = sorted(readers, key=lambda target: readers[target].stored.value is not np.float32)
 
+    found: dict[str, Structure] = {}
+
     def is_sound(target: str) -> bool:
-        checks, _ = check_structure(target, readers[target], subject.graph, bundle.manifest, None)
-        return all(check.passed for check in checks)
+        found[target] = check_structure(target, readers[target], subject.graph, bundle.manifest, None)
+        return all(check.passed for check in found[target][0])
 
     chosen = next(filter(is_sound, order), order[0])
-    return ArtifactWeights(bundle, chosen, readers[chosen])
+    return chosen, ArtifactWeights(bundle, chosen, readers[chosen]), found[chosen]
 
 
 def _original_lanes(subject: Subject, runs: Runs, oracle: str | None) -> list[Lane]:

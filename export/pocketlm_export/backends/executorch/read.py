@@ -22,12 +22,22 @@ from pocketlm_export.backends.executorch.reading.matrices import (
     filter_matrix,
 )
 from pocketlm_export.backends.executorch.reading.nodes import check_nodes
+from pocketlm_export.backends.executorch.reading.parts import constant_bytes, run_parts
 from pocketlm_export.backends.executorch.reading.payload import Payload
 from pocketlm_export.backends.executorch.reading.pieces import check_delegates_in_float32, check_quantized_linears
 from pocketlm_export.backends.executorch.reading.pte import KernelStep, PteFile
 from pocketlm_export.backends.executorch.reading.rebuilding import float32_program
 from pocketlm_export.backends.executorch.reading.runtime import LoadedProgram, run_tokens
-from pocketlm_export.backends.reading import Fact, NotRun, RowErrors, Run, StoredConstants, Trace, WrittenMatrix
+from pocketlm_export.backends.reading import (
+    LARGEST_SESSION,
+    Fact,
+    NotRun,
+    RowErrors,
+    Run,
+    StoredConstants,
+    Trace,
+    WrittenMatrix,
+)
 
 __all__ = ["ExecuTorchReader", "open_reader"]
 
@@ -78,7 +88,9 @@ class ExecuTorchReader:
         matrix = self._matrix(entry)
         if not 0 <= start <= stop <= matrix.shape[0]:
             raise BundleError(f"{self.file.path}: {entry}: rows {start}..{stop} of {matrix.shape[0]}")
-        return matrix.written(slice(start, stop))
+        found = matrix.written(slice(start, stop))
+        self.file.release()
+        return found
 
     def facts(self) -> Iterator[Fact]:
         """Attention, epsilons and limits."""
@@ -103,6 +115,10 @@ class ExecuTorchReader:
         if not self._quantized:
             return NotRun("nothing is quantized")
         return check_quantized_linears(self.file, self._delegate_calls(runs))
+
+    def in_parts(self, runs: Sequence[Run]) -> list[Trace] | None:
+        """Parts of the program in ExecuTorch, where it reads more than LARGEST_SESSION of constants."""
+        return run_parts(self.file, runs) if constant_bytes(self.file, self.file.steps) > LARGEST_SESSION else None
 
     def emulate(self, runs: Sequence[Run]) -> None:  # noqa: ARG002  the contract's
         """None: a session runs the artifact here."""

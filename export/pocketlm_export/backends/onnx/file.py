@@ -64,6 +64,12 @@ class OnnxFile:
         return list(self._constants)
 
     @property
+    def constant_bytes(self) -> int:
+        """Of all constants outside the model."""
+        places = {self.place(name) for name in self._constants}
+        return sum(place[2] for place in places if place is not None)
+
+    @property
     def inputs(self) -> dict[str, tuple[int | str, ...]]:
         """The shapes of the graph's inputs; a string stands for a size that a call decides."""
         return {value.name: _shape(value) for value in self.model.graph.input}

@@ -14,7 +14,8 @@ from pocketlm.errors import UnsupportedError
 from pocketlm.manifest import Model
 from pocketlm_export.backends.onnx.file import OnnxFile
 from pocketlm_export.backends.onnx.matrices import QuantizedMatrix, product, quantized_matrices
-from pocketlm_export.backends.onnx.runtime import decode, run_head, start_session
+from pocketlm_export.backends.onnx.pieces import cut_pieces
+from pocketlm_export.backends.onnx.runtime import Relay, run_decoder, run_head, start_session
 from pocketlm_export.backends.reading import NotRun, RowErrors, Run
 
 __all__ = ["CALLS", "activation_rounding", "check_kernels"]
@@ -28,7 +29,7 @@ ROUNDED = 4  # MatMulNBits' accuracy_level of int8 activations
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _Product:
     """A product with the names of what it reads and makes."""
 
     name: str
@@ -48,7 +49,7 @@ def activation_rounding(
     """
     blocks: dict[tuple[Path, int, int] | str, int] = {}
     for file in (decoder, head):
-        for piece in _pieces(file):
+        for piece in _products(file):
             codes, block = piece.matrix.codes, piece.matrix.block
             if piece.matrix.accuracy_level == ROUNDED and blocks.setdefault(_bytes_of(file, codes), block) != block:
                 raise UnsupportedError(f"{file.path}: {piece.name}: rounds in blocks of {block}, another in others")
@@ -68,33 +69,44 @@ def _bytes_of(file: OnnxFile, constant: str) -> tuple[Path, int, int] | str:
 
 
 def check_kernels(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model: Model) -> RowErrors | NotRun:
-    """The first :data:`CALLS` calls of every run. Sessions follow one another, each exposes as many products as fit
-    into :data:`EXPOSED_BYTES`; exposing changes no bit of what the runtime computes."""
+    """The first :data:`CALLS` calls of every run. Sessions follow one another, each exposes as many products of a piece
+    as fit into :data:`EXPOSED_BYTES`; exposing changes no bit of what the runtime computes."""
     sample = [replace(run, calls=run.calls[:CALLS]) for run in runs]
     positions = sum(len(run.tokens) for run in sample)
     errors: dict[str, Array] = {}
-    for group in _groups(_pieces(decoder), positions):
-        seen = _decoder_values(decoder, group, sample, model)
-        errors |= {piece.name: _row_errors(decoder, piece, seen) for piece in group}
+    quantized = list(_products(decoder))
+    relay = Relay(decoder, sample, model)
+    for piece in cut_pieces(decoder, decoder.model) if quantized else []:
+        products = (product for product in quantized if product.y in piece.made)
+        for group in list(_groups(products, positions)) or [[]]:  # a piece without any is run for the next one
+            names = _values_of(group)
+            seen: dict[str, list[Array]] = defaultdict(list)
+
+            def collect(_call: int, made: Mapping[str, Array], seen: dict[str, list[Array]] = seen) -> None:
+                for name, value in made.items():
+                    seen[name].append(value)
+
+            relay.run(piece, _exposing(piece.model, names), names, collect)
+            errors |= {product.name: _row_errors(decoder, product, seen) for product in group}
     states = _hidden_states(decoder, sample, model)
     if states:
-        for group in _groups(_pieces(head), sum(value.shape[1] for value in states)):
+        for group in _groups(_products(head), sum(value.shape[1] for value in states)):
             seen = _head_values(head, group, states)
-            errors |= {f"{head.path.name} {piece.name}": _row_errors(head, piece, seen) for piece in group}
+            errors |= {f"{head.path.name} {product.name}": _row_errors(head, product, seen) for product in group}
     if not errors:
         return NotRun("nothing is quantized")
     worst = max(errors, key=lambda name: float(errors[name].max()))
     return RowErrors(np.concatenate(list(errors.values())), worst, len(errors))
 
 
-def _pieces(file: OnnxFile) -> Iterator[_Piece]:
+def _products(file: OnnxFile) -> Iterator[_Product]:
     for node, matrix in quantized_matrices(file):
         if node.operator.endswith("MatMulNBits"):
-            yield _Piece(node.name, matrix, node.input(0), node.outputs[0], node.input(5))
+            yield _Product(node.name, matrix, node.input(0), node.outputs[0], node.input(5))
 
 
-def _groups(pieces: Iterator[_Piece], positions: int) -> Iterator[list[_Piece]]:
-    group: list[_Piece] = []
+def _groups(pieces: Iterator[_Product], positions: int) -> Iterator[list[_Product]]:
+    group: list[_Product] = []
     size = 0
     for piece in pieces:
         exposed = 4 * positions * (piece.matrix.rows + piece.matrix.columns)
@@ -107,42 +119,25 @@ def _groups(pieces: Iterator[_Piece], positions: int) -> Iterator[list[_Piece]]:
         yield group
 
 
-def _decoder_values(
-    file: OnnxFile, group: Sequence[_Piece], runs: Sequence[Run], model: Model
-) -> dict[str, list[Array]]:
-    names = _values_of(group)
-    session = start_session(file, _exposing(file, names))
-    seen: dict[str, list[Array]] = defaultdict(list)
-
-    def collect(_call: int, outputs: Mapping[str, Array]) -> None:
-        for name in names:
-            seen[name].append(outputs[name])
-
-    for run in runs:
-        decode(session, file, run, model, names, collect)
-    return seen
-
-
 def _hidden_states(file: OnnxFile, runs: Sequence[Run], model: Model) -> list[Array]:
     """What head.onnx gets as shipped: of the calls that want more than one row."""
     wanted = [run for run in runs if any(call.rows > 1 for call in run.calls)]
     if not wanted:
         return []
-    session = start_session(file, file.model)
+    calls = [call for run in wanted for call in run.calls]
     states: list[Array] = []
-    for run in wanted:
 
-        def collect(call: int, outputs: Mapping[str, Array], run: Run = run) -> None:
-            if run.calls[call].rows > 1:
-                states.append(outputs["hidden_states"][:, -run.calls[call].rows :])
+    def collect(call: int, made: Mapping[str, Array]) -> None:
+        if calls[call].rows > 1:
+            states.append(made["hidden_states"][:, -calls[call].rows :])
 
-        decode(session, file, run, model, ("hidden_states",), collect)
+    run_decoder(file, file.model, wanted, model, ("hidden_states",), collect)
     return states
 
 
-def _head_values(file: OnnxFile, group: Sequence[_Piece], states: Sequence[Array]) -> dict[str, list[Array]]:
+def _head_values(file: OnnxFile, group: Sequence[_Product], states: Sequence[Array]) -> dict[str, list[Array]]:
     names = _values_of(group)
-    session = start_session(file, _exposing(file, names))
+    session = start_session(file, _exposing(file.model, names))
     seen: dict[str, list[Array]] = defaultdict(list)
     for state in states:
         for name, value in zip(names, run_head(session, file, state, names), strict=True):
@@ -150,19 +145,20 @@ def _head_values(file: OnnxFile, group: Sequence[_Piece], states: Sequence[Array
     return seen
 
 
-def _values_of(group: Sequence[_Piece]) -> list[str]:
+def _values_of(group: Sequence[_Product]) -> list[str]:
     return list(dict.fromkeys(name for piece in group for name in (piece.x, piece.y)))
 
 
-def _exposing(file: OnnxFile, names: Sequence[str]) -> onnx.ModelProto:
-    """The model with ``names`` among its outputs."""
-    model = onnx.ModelProto()
-    model.CopyFrom(file.model)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in file.outputs)
-    return model
+def _exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """``model`` with ``names`` among its outputs."""
+    exposing = onnx.ModelProto()
+    exposing.CopyFrom(model)
+    known = {value.name for value in model.graph.output}
+    exposing.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    return exposing
 
 
-def _row_errors(file: OnnxFile, piece: _Piece, seen: Mapping[str, Sequence[Array]]) -> npt.NDArray[np.float64]:
+def _row_errors(file: OnnxFile, piece: _Product, seen: Mapping[str, Sequence[Array]]) -> npt.NDArray[np.float64]:
     x, made = (
         np.concatenate([value.reshape(-1, value.shape[-1]) for value in seen[name]]) for name in (piece.x, piece.y)
     )

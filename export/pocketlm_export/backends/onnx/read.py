@@ -9,15 +9,24 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pocketlm.errors import BundleError
+from pocketlm.errors import BundleError, UnavailableError
 from pocketlm.manifest import Manifest
 from pocketlm_export.backends.onnx.execute import execute
 from pocketlm_export.backends.onnx.facts import check_same_place, facts
 from pocketlm_export.backends.onnx.file import OnnxFile
 from pocketlm_export.backends.onnx.kernels import CALLS, activation_rounding, check_kernels
 from pocketlm_export.backends.onnx.matrices import QuantizedMatrix, quantized_matrices, signed_codes
-from pocketlm_export.backends.onnx.runtime import meaning, unmet_floor
-from pocketlm_export.backends.reading import Fact, NotRun, RowErrors, Run, StoredConstants, Trace, WrittenMatrix
+from pocketlm_export.backends.onnx.runtime import meaning, shipped, unmet_floor
+from pocketlm_export.backends.reading import (
+    LARGEST_SESSION,
+    Fact,
+    NotRun,
+    RowErrors,
+    Run,
+    StoredConstants,
+    Trace,
+    WrittenMatrix,
+)
 
 __all__ = ["OnnxReader", "open_reader"]
 
@@ -79,6 +88,15 @@ class OnnxReader:
         """ONNX Runtime's products as shipped."""
         unmet = self._unmet_floor()
         return NotRun(unmet) if unmet else check_kernels(self._decoder, self._head, runs, self._manifest.model)
+
+    def in_parts(self, runs: Sequence[Run]) -> list[Trace] | None:
+        """Pieces of the decoder in ONNX Runtime, where its constants are more than LARGEST_SESSION."""
+        if self._decoder.constant_bytes <= LARGEST_SESSION:
+            return None
+        unmet = self._unmet_floor()
+        if unmet:
+            raise UnavailableError(unmet)
+        return shipped(self._decoder, self._head, runs, self._manifest.model)
 
     def emulate(self, _runs: Sequence[Run]) -> None:
         """A session runs the artifact here."""

@@ -18,11 +18,13 @@ from pocketlm.manifest import Model
 from pocketlm.runtimes.onnx_loading import RUNTIME_ERRORS
 from pocketlm_export.backends.onnx.execute import own_positions
 from pocketlm_export.backends.onnx.file import OnnxFile
+from pocketlm_export.backends.onnx.pieces import Piece, cut_pieces, submodel
 from pocketlm_export.backends.reading import Run, Trace
 
-__all__ = ["decode", "meaning", "run_head", "start_session", "unmet_floor"]
+__all__ = ["Relay", "meaning", "run_decoder", "run_head", "shipped", "start_session", "unmet_floor"]
 
 Array = npt.NDArray[Any]
+Collect = Callable[[int, Mapping[str, Array]], None]
 THREADS = 2
 FATAL_ONLY = 4  # ONNX Runtime's log severity: its errors are raised
 HIDDEN_STATES = "hidden_states"
@@ -44,14 +46,8 @@ def meaning(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model: Model
     batch, because a product at this accuracy unpacks its whole matrix each time that it is called.
     """
     body, tail = _cut(decoder)
-    session = start_session(decoder, body)
-    traces: list[Trace] = []
     states: list[Array] = []
-    for run in runs:
-        keys, values = decode(
-            session, decoder, run, model, (HIDDEN_STATES,), lambda _, made: states.extend(made.values())
-        )
-        traces.append(Trace(keys=keys, values=values))
+    traces = run_decoder(decoder, body, runs, model, (HIDDEN_STATES,), lambda _, made: states.extend(made.values()))
     calls = [call for run in runs for call in run.calls]
     single, many = ([index for index, call in enumerate(calls) if (call.rows > 1) == more] for more in (False, True))
     logits: dict[int, Array] = {}
@@ -65,9 +61,34 @@ def meaning(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model: Model
         (made,) = run_head(session, head, rows, ("logits",))
         ends = np.cumsum([calls[index].rows for index in many])
         logits |= zip(many, np.split(made[0], ends[:-1].tolist()), strict=True)
-    remaining = iter(sorted(logits))
+    return _with_logits(traces, runs, [logits[index] for index in sorted(logits)])
+
+
+def shipped(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model: Model) -> list[Trace]:
+    """What a session over the artifact computes, a piece at a time."""
+    calls = [call for run in runs for call in run.calls]
+    logits: dict[int, Array] = {}
+    states: dict[int, Array] = {}
+
+    def collect(call: int, made: Mapping[str, Array]) -> None:
+        rows = calls[call].rows
+        if rows == 1:
+            logits[call] = made["logits"][0]
+        else:
+            states[call] = made[HIDDEN_STATES][:, -rows:]
+
+    traces = run_decoder(decoder, decoder.model, runs, model, ("logits", HIDDEN_STATES), collect)
+    if states:
+        session = start_session(head, head.model)
+        for call, rows in states.items():
+            logits[call] = run_head(session, head, rows, ("logits",))[0][0]
+    return _with_logits(traces, runs, [logits[index] for index in range(len(calls))])
+
+
+def _with_logits(traces: list[Trace], runs: Sequence[Run], logits: Sequence[Array]) -> list[Trace]:
+    remaining = iter(logits)
     for run, trace in zip(runs, traces, strict=True):
-        trace.logits = [logits[next(remaining)] for _ in run.calls]
+        trace.logits = [next(remaining) for _ in run.calls]
     return traces
 
 
@@ -85,39 +106,77 @@ def start_session(file: OnnxFile, model: onnx.ModelProto) -> onnxruntime.Inferen
         raise CheckError(f"{file.path}: ONNX Runtime can't load it: {error}") from error
 
 
-def decode(
-    session: onnxruntime.InferenceSession,
+def run_decoder(
     file: OnnxFile,
-    run: Run,
-    model: Model,
+    model: onnx.ModelProto,
+    runs: Sequence[Run],
+    facts: Model,
     outputs: Sequence[str],
-    collect: Callable[[int, Mapping[str, Array]], None],
-) -> tuple[list[Array], list[Array]]:
-    """Run every call of ``run``, and give ``collect`` its index and ``outputs``; returns the keys and values that the
-    run's own tokens added, for each layer float32 ``[kv_heads, positions, head_dim]``."""
-    binding = onnxruntime.IOBinding(session)
-    caches = _bind_caches(binding, file, run, model)
-    position = run.start
-    for index, call in enumerate(run.calls):
-        position += len(call.tokens)
-        binding.bind_cpu_input("input_ids", np.array([call.tokens], np.int64))
-        binding.bind_cpu_input("attention_mask", np.ones((1, position), np.int64))
-        for name in outputs:
+    collect: Collect,
+) -> list[Trace]:
+    """Run ``model``, which is ``file``'s or made from it, a piece at a time, and give ``collect`` each call's index
+    among those of all runs and its ``outputs``, which one piece makes. The traces have keys and values alone."""
+    relay = Relay(file, runs, facts)
+    for piece in cut_pieces(file, model):
+        relay.run(piece, piece.model, [name for name in outputs if name in piece.made], collect)
+    return relay.traces
+
+
+class Relay:
+    """Runs pieces one after another: what one makes for later ones, and the keys and values that were added."""
+
+    def __init__(self, file: OnnxFile, runs: Sequence[Run], facts: Model) -> None:
+        self._file, self._runs, self._facts = file, runs, facts
+        self._carried: list[dict[str, Array]] = [{} for run in runs for _ in run.calls]
+        self._added: list[dict[int, list[Array]]] = [{} for _ in runs]
+
+    @property
+    def traces(self) -> list[Trace]:
+        """For each run the keys and values of its own tokens, for each layer float32
+        ``[kv_heads, positions, head_dim]``."""
+        sides = [[[added[layer][side] for layer in sorted(added)] for side in (0, 1)] for added in self._added]
+        return [Trace(keys=keys, values=values) for keys, values in sides]
+
+    def run(self, piece: Piece, model: onnx.ModelProto, outputs: Sequence[str], collect: Collect) -> None:
+        """Every call of every run through ``model``, which is ``piece``'s, or that with more outputs."""
+        session = start_session(self._file, model)
+        first = 0
+        for run, added in zip(self._runs, self._added, strict=True):
+            binding = onnxruntime.IOBinding(session)
+            caches = _bind_caches(binding, self._file, run, self._facts, piece.layers)
+            position = run.start
+            for index, call in enumerate(run.calls, first):
+                position += len(call.tokens)
+                given = {name: self._carried[index][name] for name in piece.reads}
+                given["input_ids"] = np.array([call.tokens], np.int64)
+                given["attention_mask"] = np.ones((1, position), np.int64)
+                for value in session.get_inputs():
+                    if value.name in given:
+                        binding.bind_cpu_input(value.name, given[value.name])
+                names = list(dict.fromkeys([*outputs, *piece.carries]))
+                made = self._made(session, binding, run, names, len(caches))
+                self._carried[index] |= {name: made[name] for name in piece.carries}
+                if outputs:
+                    collect(index, {name: made[name] for name in outputs})
+            first += len(run.calls)
+            added.update({layer: self._own_positions(caches, layer, run) for layer in piece.layers})
+
+    def _made(
+        self, session: onnxruntime.InferenceSession, binding: Any, run: Run, names: Sequence[str], caches: int
+    ) -> dict[str, Array]:
+        for name in names:
             binding.bind_output(name, "cpu")  # anew for each call, whose sizes differ
         try:
             session.run_with_iobinding(binding)
         except RUNTIME_ERRORS as error:
-            raise CheckError(f"{file.path}: {run.name}: ONNX Runtime failed: {error}") from error
-        made = binding.get_outputs()[len(caches) :]  # in the order in which they were bound
-        collect(index, {name: np.array(value.numpy()) for name, value in zip(outputs, made, strict=True)})
-    keys, values = (
-        [
-            own_positions(caches[name][0], run, model.head_dim, f"{file.path}: {name}")
-            for name in (f"past_key_values.{layer}.{part}" for layer in range(model.layers))
-        ]
-        for part in ("key", "value")
-    )
-    return keys, values
+            raise CheckError(f"{self._file.path}: {run.name}: ONNX Runtime failed: {error}") from error
+        made = binding.get_outputs()[caches:]  # in the order in which they were bound
+        return {name: np.array(value.numpy()) for name, value in zip(names, made, strict=True)}
+
+    def _own_positions(self, caches: Mapping[str, Array], layer: int, run: Run) -> list[Array]:
+        names = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
+        width = self._facts.head_dim
+        return [own_positions(caches[name][0], run, width, f"{self._file.path}: {name}") for name in names]
 
 
 def run_head(
@@ -131,9 +190,11 @@ def run_head(
     return results
 
 
-def _bind_caches(binding: onnxruntime.IOBinding, file: OnnxFile, run: Run, model: Model) -> dict[str, Array]:
+def _bind_caches(
+    binding: onnxruntime.IOBinding, file: OnnxFile, run: Run, model: Model, layers: Sequence[int]
+) -> dict[str, Array]:
     caches: dict[str, Array] = {}
-    for layer in range(model.layers):
+    for layer in layers:
         past = None if run.past is None else run.past.layer(layer, model.kv_heads, model.head_dim)
         for index, part in enumerate(("key", "value")):
             name = f"past_key_values.{layer}.{part}"
@@ -165,22 +226,19 @@ def _cut(file: OnnxFile) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         behind.update(node.outputs)
         given = {"", HIDDEN_STATES, *file.constants, *behind}
         wanted += [name for name in node.inputs if name not in given]
-    body, tail = _with_float_activations(file.model), _with_float_activations(file.model)
-    for model, is_tail in ((body, False), (tail, True)):
-        graph = model.graph
-        nodes = [node for node in graph.node if (node.output[0] in behind) == is_tail]
+    model = _with_float_activations(file.model)
+    parts = []
+    for is_tail in (False, True):
+        nodes = [node for node in model.graph.node if (node.output[0] in behind) == is_tail]
         read = {name for node in nodes for name in node.input}
-        outputs = [value for value in graph.output if (value.name == "logits") == is_tail]
-        inputs = [value for value in graph.input if value.name in read]
-        constants = [constant for constant in graph.initializer if constant.name in read]
+        outputs = [value for value in model.graph.output if (value.name == "logits") == is_tail]
+        inputs = [value for value in model.graph.input if value.name in read]
         if is_tail:
             outputs = [onnx.ValueInfoProto(name="logits")]  # of a batch, which the file does not have
             float_type = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
             inputs = [onnx.ValueInfoProto(name=HIDDEN_STATES, type=float_type)]
-        for field, kept in (("node", nodes), ("output", outputs), ("input", inputs), ("initializer", constants)):
-            copies = [type(item).FromString(item.SerializeToString()) for item in kept]
-            graph.ClearField(field)
-            getattr(graph, field).extend(copies)
+        parts.append(submodel(model, nodes, inputs, outputs))
+    body, tail = parts
     return body, tail
 
 
