@@ -18,7 +18,7 @@ ODD := qwen2-window llama-outliers llama-odd-widths
 # Where `make bench` leaves its checkpoint, bundles and results.
 BENCH := build/bench
 
-.PHONY: bench demo demo-smollm2 docs-verification test test-all fuzz lint format clean
+.PHONY: bench demo demo-smollm2 docs-performance docs-verification test test-all fuzz lint format clean
 
 demo: $(BIN)/.installed-all
 	$(BIN)/pocketlm export mobile_demo/model/checkpoint --output $(DEMO) --force
@@ -84,6 +84,25 @@ docs-verification: $(BIN)/.installed-dev $(BIN)/.installed-smollm2
 	$(BIN)/python -m tests.verify.fault_table > $(VERIFIED)/faults.md
 	$(BIN)/python -m pocketlm_bench.verification docs/verification.md $(VERIFIED)/demo $(VERIFIED)/smollm2 \
 	  $(addprefix $(VERIFIED)/,$(ODD)) --faults $(VERIFIED)/faults.md
+
+# The tables of docs/performance.md: an hour, and 40 GB of disk. First, once: python -m pocketlm_bench.peers setup
+PERFORMANCE := build/performance
+docs-performance: $(BIN)/.installed-dev
+	mkdir -p $(PERFORMANCE)/peers
+	test -f $(BENCH)/checkpoint/config.json || $(BIN)/python -m pocketlm_bench.synthetic Qwen2.5-0.5B $(BENCH)/checkpoint
+	$(BIN)/python -m pocketlm_bench.peers export $(BENCH)/checkpoint --rounds 3 --work $(PERFORMANCE)/peers
+	$(BIN)/python -m pocketlm_bench.peers run $(BENCH)/checkpoint --rounds 5 --work $(PERFORMANCE)/peers
+	$(BIN)/python -m pocketlm_bench.export $(BENCH)/checkpoint --head int4 --repetitions 3 \
+	  --keep $(PERFORMANCE)/bundle --json $(PERFORMANCE)/qwen2.5-0.5b-export.json
+	$(BIN)/python -m pocketlm_bench.phone_memory $(PERFORMANCE)/bundle --page docs/performance.md
+	$(BIN)/python mobile_demo/model/train.py --held-out-text $(PERFORMANCE)/held-out.txt
+	$(BIN)/python -m pocketlm_bench.groups mobile_demo/model/checkpoint --text $(PERFORMANCE)/held-out.txt \
+	  --json $(PERFORMANCE)/groups.json
+	$(BIN)/python -m pocketlm_bench.memory_curve --layers 32 --no-verify --json $(PERFORMANCE)/mistral-7b-export.json
+	$(BIN)/python -m pocketlm_bench.memory_curve --layers 8,16,32 --json $(PERFORMANCE)/mistral-7b-curve.json
+	$(BIN)/python -m pocketlm_bench.models --json $(PERFORMANCE)/models.json
+	$(BIN)/python -m pocketlm_bench.peers page docs/performance.md $(PERFORMANCE)/peers/exports.json $(PERFORMANCE)/peers/rates.json
+	$(BIN)/python -m pocketlm_bench.performance docs/performance.md $(wildcard $(PERFORMANCE)/*.json)
 
 clean:
 	rm -rf build

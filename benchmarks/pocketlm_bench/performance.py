@@ -104,10 +104,42 @@ def _curve(document: Document) -> Iterator[str]:
         )
 
 
+def _groups(document: Document) -> Iterator[str]:
+    yield f"{document['windows']} windows of {document['tokens']} tokens."
+    yield ""
+    yield "| embedding and head | group | ONNX, MB | bits per byte | mean KL from the original weights |"
+    yield "|---|---|---|---|---|"
+    for row in document["rows"]:
+        size = f"{row['bytes'] / MB:.2f}" if row["bytes"] else "original weights"
+        yield f"| {row['head']} | {row['group'] or '-'} | {size} | {row['bits_per_byte']:.4f} | {row['kl']:.4f} |"
+
+
+def _models(document: Document) -> Iterator[str]:
+    targets = document["targets"]
+    sizes = " | ".join(f"{target}, MB" for target in targets)
+    yield f"| shape | layers | 1e9 parameters | wall, s | s per 1e9 parameters | peak memory, GB | anonymous | {sizes} |"
+    yield "|---" * (7 + len(targets)) + "|"
+    for run in document["exports"]:
+        whole = run["layers"] == run["all_layers"]
+        layers = f"{run['layers']}" if whole else f"{run['layers']} of {run['all_layers']}"
+        billions = run["parameters"] / 1e9
+        artifacts = " | ".join(
+            f"{sum(run['artifacts'][target].values()) / MB:,.0f}" if target in run["artifacts"] else "refused"
+            for target in targets
+        )
+        yield (
+            f"| {run['shape']} | {layers} | {billions:.2f} | {run['wall_seconds']:.0f} "
+            f"| {run['wall_seconds'] / billions:.1f} | {run['highest_resident'] / GB:.2f} "
+            f"| {_peak([run], 'anonymous', GB, 2)} | {artifacts} |"
+        )
+
+
 TABLES: Mapping[str, Callable[[Document], Iterator[str]]] = {
     "bench": _bench,
     "export": _export,
     "memory curve": _curve,
+    "groups": _groups,
+    "models": _models,
 }
 
 

@@ -351,9 +351,15 @@ def main(
     evaluate_checkpoint: Annotated[
         Path | None, typer.Option("--evaluate", help="Train nothing; measure this checkpoint on the held-out files.")
     ] = None,
+    held_out_text: Annotated[
+        Path | None, typer.Option(help="Train nothing; write the held-out files, one behind the other, to this file.")
+    ] = None,
 ) -> None:
     """Train the demo model, or with --evaluate measure a checkpoint."""
-    if evaluate_checkpoint is not None:
+    if held_out_text is not None:
+        held_out_text.parent.mkdir(parents=True, exist_ok=True)
+        held_out_text.write_bytes(b"".join(path.read_bytes() for path in held_out_files()))
+    elif evaluate_checkpoint is not None:
         evaluate(evaluate_checkpoint)
     else:
         train(output, steps, minutes, seed)
