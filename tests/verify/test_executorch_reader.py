@@ -138,6 +138,16 @@ def test_parts_of_the_program_compute_the_bits_of_a_session(row, scheme, head, t
                 np.testing.assert_array_equal(session.extend(call.tokens, logits=call.rows), logits)
 
 
+@pytest.mark.parametrize(("row", "scheme", "head"), [VARIANTS[0], VARIANTS[7]], ids=str)
+def test_a_head_in_ranges_of_its_rows_errs_as_the_whole(row, scheme, head, tiny_bundle, monkeypatch):
+    reader = ExecuTorchReader(PteFile(pte(tiny_bundle(row, scheme, "executorch", head))), whole_limit=0)
+    whole = reader.meaning(RUNS)
+    monkeypatch.setattr("pocketlm_export.backends.executorch.reading.pieces.LARGEST_FLOAT32", 1 << 13)
+    ranges = reader.meaning(RUNS)
+    assert (ranges.pieces, ranges.worst) == (whole.pieces, whole.worst)
+    np.testing.assert_array_equal(ranges.errors, whole.errors)
+
+
 # Of still smaller rows XNNPACK's own scale is infinite.
 ACTIVATIONS = st.floats(-1e6, 1e6, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0)
 

@@ -96,12 +96,13 @@ class QuantizedMatrix:
 Matrix = FloatMatrix | QuantizedMatrix
 
 
-def row_blocks(matrix: Matrix) -> Iterator[tuple[slice, Floats]]:
-    """Blocks of rows, about :data:`BLOCK_ELEMENTS` values each."""
-    rows, *rest = matrix.shape
+def row_blocks(matrix: Matrix, rows: slice | None = None) -> Iterator[tuple[slice, Floats]]:
+    """Blocks of ``rows``, by default of all, about :data:`BLOCK_ELEMENTS` values each."""
+    count, *rest = matrix.shape
+    first, end = (0, count) if rows is None else (rows.start, rows.stop)
     step = max(1, BLOCK_ELEMENTS // max(1, math.prod(rest)))
-    for start in range(0, rows, step):
-        block = slice(start, min(start + step, rows))
+    for start in range(first, end, step):
+        block = slice(start, min(start + step, end))
         yield block, matrix.values(block)
 
 

@@ -18,7 +18,9 @@ from pocketlm_export.backends.executorch.reading.rebuilding import delegate_prog
 from pocketlm_export.backends.executorch.reading.runtime import LoadedProgram
 from pocketlm_export.backends.reading import RowErrors
 
-__all__ = ["check_delegates_in_float32", "check_quantized_linears"]
+__all__ = ["LARGEST_FLOAT32", "check_delegates_in_float32", "check_quantized_linears"]
+
+LARGEST_FLOAT32 = 512 << 20  # bytes of a head in float32; the program and XNNPACK's packed copy take twice that
 
 Floats = npt.NDArray[np.float32]
 Errors = npt.NDArray[np.float64]
@@ -28,18 +30,35 @@ def check_delegates_in_float32(file: PteFile, calls: Sequence[DelegateCall]) -> 
     """Every delegate with dequantized filters, its outputs against those of float64."""
     pieces: dict[str, Errors] = {}
     for index, payload in enumerate(file.delegates):
-        changed = with_float32_filters(file, payload, "float32")
         name = f"delegate {index}"
-        program = LoadedProgram(delegate_program(file, changed.table, changed.filters), f"{file.path}: {name}")
+        own = [call for call in calls if call.delegate == index]
+        made: list[list[list[Floats]]] = [[] for _ in own]  # of each call the outputs of each range
+        for rows in _head_ranges(payload):
+            changed = with_float32_filters(file, payload, "float32", rows)
+            program = LoadedProgram(delegate_program(file, changed.table, changed.filters), f"{file.path}: {name}")
+            for call, ranges in zip(own, made, strict=True):
+                ranges.append(program.call(*call.inputs))
+            del program  # before the next one is built
+            file.release()
         errors = []
-        for call in calls:
-            if call.delegate == index:
-                for got, expected in zip(program.call(*call.inputs), call.outputs, strict=True):
-                    errors.append(_row_errors(got, expected))
-        del program  # before the next one is built
+        for call, ranges in zip(own, made, strict=True):
+            for expected, *parts in zip(call.outputs, *ranges, strict=True):
+                errors.append(_row_errors(np.concatenate(parts, -1), expected))
         pieces[name] = np.concatenate(errors)
-        file.release()
     return _summary(pieces)
+
+
+def _head_ranges(payload: Payload) -> list[slice | None]:
+    """Ranges of the columns of a payload's only output, a FullyConnected's, that in float32 are at most
+    LARGEST_FLOAT32; ``[None]`` if it is smaller, or the payload is no head."""
+    node = payload.producers.get(payload.outputs[0])
+    if len(payload.outputs) != 1 or node is None or node.kind != "FullyConnected":
+        return [None]
+    count, width = payload.values[node.inputs[1]].shape
+    step = max(1, LARGEST_FLOAT32 // (4 * width))
+    if count <= step:
+        return [None]
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def check_quantized_linears(file: PteFile, calls: Sequence[DelegateCall]) -> RowErrors:

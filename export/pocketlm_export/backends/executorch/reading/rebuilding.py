@@ -128,8 +128,13 @@ def delegate_program(file: PteFile, table: dict[str, Any], filters: dict[str, Se
     )
 
 
-def with_float32_filters(file: PteFile, payload: Payload, prefix: str) -> _Float32Payload:
-    """``payload`` with Convert nodes taken out and each quantized filter dequantized, under keys after ``prefix``."""
+def with_float32_filters(file: PteFile, payload: Payload, prefix: str, rows: slice | None = None) -> _Float32Payload:
+    """``payload`` with Convert nodes taken out and each quantized filter dequantized, under keys after ``prefix``.
+
+    ``rows``: of the only output, which a FullyConnected must make, these columns alone: rows of its filter and bias.
+    """
+    last = payload.producers[payload.outputs[0]] if rows is not None else None
+    cut = set(last.inputs[1:]) if last is not None else set()
     table = copy.deepcopy(dict(payload.table))
     sources = {node.output: node.inputs[0] for node in payload.nodes if node.kind == "Convert"}
     table["xnodes"] = [item for item in table["xnodes"] if item["xnode_union_type"] != "XNNConvert"]
@@ -145,9 +150,14 @@ def with_float32_filters(file: PteFile, payload: Payload, prefix: str) -> _Float
         if number in sources:
             continue
         kept.append(item)
-        if payload.values[number].scales is None:
+        if last is not None and rows is not None and number == last.output:
+            tensor["dims"] = [*tensor["dims"][:-1], rows.stop - rows.start]
+        if payload.values[number].scales is None and number not in cut:
             continue
-        key, segment = f"{prefix}.{number}", _float32(filter_matrix(file, payload, number))
+        chosen = rows if number in cut else None
+        key, segment = f"{prefix}.{number}", _float32(filter_matrix(file, payload, number), chosen)
+        if chosen is not None:
+            tensor["dims"] = [chosen.stop - chosen.start, *tensor["dims"][1:]]
         changed.filters[key] = segment
         table["constant_data"].append({"offset": NAMED, "size": segment.size, "named_key": key})
         tensor.update(datatype="xnn_datatype_fp32", constant_buffer_idx=len(table["constant_data"]) - 1)
@@ -188,8 +198,11 @@ def _whole(content: bytes) -> Segment:
     return Segment(len(content), lambda: [content])
 
 
-def _float32(matrix: Matrix) -> Segment:
-    return Segment(4 * int(np.prod(matrix.shape)), lambda: (block for _, block in row_blocks(matrix)))
+def _float32(matrix: Matrix, rows: slice | None = None) -> Segment:
+    count, *width = matrix.shape
+    chosen = slice(0, count) if rows is None else rows
+    size = 4 * (chosen.stop - chosen.start) * int(np.prod(width))
+    return Segment(size, lambda: (block for _, block in row_blocks(matrix, chosen)))
 
 
 def _named(file: PteFile, key: str, size: int) -> Segment:
