@@ -19,12 +19,14 @@ from pocketlm_export.graph.graph import (
     Activation,
     Add,
     Attention,
+    Clamp,
     Embedding,
     Graph,
     LastPositions,
     Linear,
     Multiply,
-    RmsNorm,
+    Norm,
+    Scale,
 )
 from pocketlm_export.quantization.schemes import SchemeRow
 from pocketlm_export.vendor_tokenizers import write_tokenizer_files
@@ -32,6 +34,9 @@ from pocketlm_export.vendor_tokenizers import write_tokenizer_files
 __all__ = ["check", "libraries", "write"]
 
 ACTIVATIONS = frozenset({"gelu", "gelu_tanh", "sigmoid", "silu", "tanh"})
+LOWERED = (
+    Activation, Add, Attention, Clamp, Embedding, LastPositions, Linear, Multiply, Norm, Scale,
+)  # fmt: skip
 BLOCKS = (16, 32, 64, 128, 256)  # of MatMulNBits
 LONGEST_CALL = 256  # GroupQueryAttention keeps float32 scores [heads, call, context]
 
@@ -60,13 +65,7 @@ def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
                 raise UnsupportedError(f"onnx: layer {node.layer} rotates more than its head size of {node.head_dim}")
             case Attention() if node.sparsity is not None:
                 raise UnsupportedError(f"onnx: layer {node.layer}: block-sparse attention is not supported")
-            case Attention() if node.norm_offset:
-                raise UnsupportedError(
-                    f"onnx: layer {node.layer}: norms of queries and keys with an offset are not supported"
-                )
-            case Embedding() | Linear() | RmsNorm() | Attention() | Add() | Multiply() | Activation() | LastPositions():
-                pass
-            case _:
+            case _ if not isinstance(node, LOWERED):
                 raise UnsupportedError(f"onnx: {type(node).__name__} is not supported")
     shapes = {(node.kv_heads, node.head_dim) for node in graph.attentions}
     if len(shapes) > 1:

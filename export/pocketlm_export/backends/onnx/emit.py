@@ -27,13 +27,17 @@ from pocketlm_export.graph.graph import (
     Activation,
     Add,
     Attention,
+    Clamp,
     Embedding,
     Graph,
     LastPositions,
+    LayerNorm,
     Linear,
     Multiply,
     Node,
+    Norm,
     RmsNorm,
+    Scale,
     Value,
     WeightInfo,
 )
@@ -100,9 +104,22 @@ class Emission:
             self.initializers[name] = _external(name, region, shape or content.shape)
         return self.initializers[name]
 
+    def scalar(self, value: float) -> ir.Value:
+        """A constant float32 scalar inside the model."""
+        name = f"float32_{value!r}".replace("-", "minus")
+        if name not in self.initializers:
+            constant = ir.tensor(np.float32(value), name=name)
+            self.initializers[name] = tensor_value(name, ir.DataType.FLOAT, (), constant)
+        return self.initializers[name]
+
     def vector(self, weight: WeightInfo, offset: float = 0.0) -> ir.Value:
-        """The values of one vector."""
-        return self.stored(Vector(((weight.name, weight.shape[0]),), offset))
+        """The values of one vector, plus ``offset``: added when the model is loaded, because a sum of float32 would no
+        longer tell the weight."""
+        values = self.stored(Vector(((weight.name, weight.shape[0]),)))
+        if not offset:
+            return values
+        name = f"{weight.name}.with_offset"
+        return self._once(name, lambda: self.call("Add", [values, self.scalar(offset)], name))
 
     def tables(self, node: Attention) -> list[ir.Value]:
         """Cosine and sine of a layer's rotation."""
@@ -212,14 +229,28 @@ def _linear(emission: Emission, node: Linear) -> None:
         y = emission.call(
             "MatMulNBits", inputs if bias is None else [*inputs, None, None, bias], name, attributes, MICROSOFT
         )
-    if len(widths) == 1:
-        emission.values[node.outputs[0]] = y
-    elif _takes_packed(emission.graph, node.outputs):
-        emission.packed[node.outputs] = y
-    else:
-        emission.call("Split", [y, emission.integers(widths)], [value.name for value in node.outputs], {"axis": 2})
-        for index, value in enumerate(node.outputs):
-            emission.values[value] = emission.last(index)
+    pieces = _pieces(emission.graph, node.outputs)
+    made = [y]
+    if len(pieces) > 1:
+        sizes = emission.integers([sum(value.width for value in piece) for piece in pieces])
+        emission.call("Split", [y, sizes], ["+".join(value.name for value in piece) for piece in pieces], {"axis": 2})
+        made = [emission.last(index) for index in range(len(pieces))]
+    for piece, value in zip(pieces, made, strict=True):
+        if len(piece) == 1:
+            emission.values[piece[0]] = value
+        else:
+            emission.packed[piece] = value
+
+
+def _pieces(graph: Graph, outputs: tuple[Value, ...]) -> list[tuple[Value, ...]]:
+    """Outputs that lie side by side, each alone, but query, key and value together where attention takes them so."""
+    pieces: list[tuple[Value, ...]] = []
+    rest = outputs
+    while rest:
+        count = 3 if len(rest) >= 3 and _takes_packed(graph, rest[:3]) else 1
+        pieces.append(rest[:count])
+        rest = rest[count:]
+    return pieces
 
 
 def _takes_packed(graph: Graph, outputs: tuple[Value, ...]) -> bool:
@@ -236,33 +267,48 @@ def _takes_packed(graph: Graph, outputs: tuple[Value, ...]) -> bool:
     )
 
 
-def _rms_norm(emission: Emission, node: RmsNorm) -> None:
+def _norm(emission: Emission, node: Norm) -> None:
     if node.output in emission.values:  # made together with the sum before it
         return
-    inputs = [emission.values[node.x], emission.vector(node.weight, node.offset)]
+    operator = "RMSNormalization" if isinstance(node, RmsNorm) else "LayerNormalization"
+    inputs = [emission.values[node.x], *_norm_vectors(emission, node)]
     attributes = {"epsilon": node.epsilon, "axis": -1}
-    emission.values[node.output] = emission.call("RMSNormalization", inputs, node.output.name, attributes)
+    emission.values[node.output] = emission.call(operator, inputs, node.output.name, attributes)
+
+
+def _norm_vectors(emission: Emission, node: Norm) -> list[ir.Value]:
+    if isinstance(node, RmsNorm):
+        return [emission.vector(node.weight, node.offset)]
+    return [emission.vector(weight) for weight in (node.weight, node.bias) if weight is not None]
 
 
 def _add(emission: Emission, node: Add) -> None:
     inputs = [emission.values[node.left], emission.values[node.right]]
-    norms = [reader for reader in emission.graph.readers(node.output) if isinstance(reader, RmsNorm)]
+    norms = [reader for reader in emission.graph.readers(node.output) if isinstance(reader, Norm)]
     if len(norms) != 1:
         emission.values[node.output] = emission.call("Add", inputs, node.output.name)
         return
     (norm,) = norms
-    inputs.append(emission.vector(norm.weight, norm.offset))
+    operator = "SkipSimplifiedLayerNormalization" if isinstance(norm, RmsNorm) else "SkipLayerNormalization"
+    inputs += _norm_vectors(emission, norm)
     outputs = [norm.output.name, None, None, node.output.name]
-    attributes = {"epsilon": norm.epsilon}
-    emission.values[norm.output] = emission.call(
-        "SkipSimplifiedLayerNormalization", inputs, outputs, attributes, MICROSOFT
-    )
+    emission.values[norm.output] = emission.call(operator, inputs, outputs, {"epsilon": norm.epsilon}, MICROSOFT)
     emission.values[node.output] = emission.last(3)
 
 
 def _multiply(emission: Emission, node: Multiply) -> None:
     inputs = [emission.values[node.left], emission.values[node.right]]
     emission.values[node.output] = emission.call("Mul", inputs, node.output.name)
+
+
+def _scale(emission: Emission, node: Scale) -> None:
+    inputs = [emission.values[node.x], emission.scalar(node.factor)]
+    emission.values[node.output] = emission.call("Mul", inputs, node.output.name)
+
+
+def _clamp(emission: Emission, node: Clamp) -> None:
+    bounds = [None if bound is None else emission.scalar(bound) for bound in (node.least, node.most)]
+    emission.values[node.output] = emission.call("Clip", [emission.values[node.x], *bounds], node.output.name)
 
 
 def _activation(emission: Emission, node: Activation) -> None:
@@ -330,7 +376,7 @@ def _prepare(emission: Emission, node: Attention, name: str, x: Value, norm: Wei
     if norm is not None:
         # The CPU kernel refuses the norms that the operator's schema has.
         y = emission.call("Reshape", [y, emission.integers([0, 0, heads, node.head_dim])], f"{name}.heads")
-        inputs = [y, emission.vector(norm)]
+        inputs = [y, emission.vector(norm, node.norm_offset)]
         y = emission.call("RMSNormalization", inputs, f"{name}.norm", {"epsilon": node.norm_epsilon, "axis": -1})
         y = emission.call("Reshape", [y, emission.integers([0, 0, heads * node.head_dim])], f"{name}.normalized")
     if node.rotary is not None and not rotates_inside(node):
@@ -369,9 +415,12 @@ EMITTERS: Mapping[type, Callable[[Emission, Any], None]] = {
     Activation: _activation,
     Add: _add,
     Attention: _attention,
+    Clamp: _clamp,
     Embedding: _embedding,
     LastPositions: _last_positions,
+    LayerNorm: _norm,
     Linear: _linear,
     Multiply: _multiply,
-    RmsNorm: _rms_norm,
+    RmsNorm: _norm,
+    Scale: _scale,
 }

@@ -12,11 +12,17 @@ from pocketlm_export.backends.onnx.file import MICROSOFT, OnnxFile, WrittenNode
 from pocketlm_export.backends.onnx.matrices import quantized_matrices
 from pocketlm_export.backends.reading import Fact
 
+FactValue = int | float | str | None
+
 __all__ = ["check_same_place", "facts"]
 
-NORMS = ("RMSNormalization", f"{MICROSOFT}SkipSimplifiedLayerNormalization")
 ROTATION = f"{MICROSOFT}RotaryEmbedding"
-DEFAULT_EPSILON = {"RMSNormalization": 1e-5, f"{MICROSOFT}SkipSimplifiedLayerNormalization": 1e-12}
+DEFAULT_EPSILON = {
+    "RMSNormalization": 1e-5,
+    "LayerNormalization": 1e-5,
+    f"{MICROSOFT}SkipSimplifiedLayerNormalization": 1e-12,
+    f"{MICROSOFT}SkipLayerNormalization": 1e-12,
+}
 
 
 def facts(decoder: OnnxFile, head: OnnxFile, manifest: Manifest) -> Iterator[Fact]:
@@ -26,16 +32,16 @@ def facts(decoder: OnnxFile, head: OnnxFile, manifest: Manifest) -> Iterator[Fac
     name.
     """
     tables: set[str] = set()
-    norms = -1
     for node in decoder.nodes:
-        if node.operator in NORMS:
-            norms += 1
-            yield Fact(f"norm {norms}", "epsilon", _epsilon(node))
-        elif node.operator == f"{MICROSOFT}GroupQueryAttention":
+        if node.operator == f"{MICROSOFT}GroupQueryAttention":
             tables.update(name for rotation in _rotations(decoder, node) for name in rotation)
             yield from _attention(decoder, node)
-    # The head repeats the last norm.
-    yield from (Fact(f"norm {norms}", "epsilon", _epsilon(node)) for node in head.nodes if node.operator in NORMS)
+    counted, repeated = _counted(decoder), _counted(head)
+    for kind, stated in counted.items():
+        # What the head has is the end of what the decoder has.
+        behind = range(len(stated) - len(repeated[kind]), len(stated))
+        for index, values in (*enumerate(stated), *zip(behind, repeated[kind], strict=True)):
+            yield from (Fact(f"{kind} {index}", name, value) for name, value in values.items())
     for file in (decoder, head):
         yield Fact("program", "vocabulary_size", file.last_size("logits"))
     yield Fact("program", "context_length", _context_length(decoder.path.with_name("genai_config.json")))
@@ -53,9 +59,28 @@ def check_same_place(decoder: OnnxFile, head: OnnxFile, name: str) -> None:
         raise CheckError(f"{head.path}: {name}: not the bytes that {decoder.path.name} has under this name")
 
 
-def _epsilon(node: WrittenNode) -> float:
-    epsilon: float = node.attributes.get("epsilon", DEFAULT_EPSILON[node.operator])
-    return epsilon
+def _counted(file: OnnxFile) -> dict[str, list[dict[str, FactValue]]]:
+    """What the operators state that go by their number: for each kind, in the order of the file."""
+    found: dict[str, list[dict[str, FactValue]]] = {"norm": [], "scale": [], "clamp": []}
+    constants = set(file.constants)
+    for node in file.nodes:
+        if node.operator in DEFAULT_EPSILON:
+            epsilon = node.attributes.get("epsilon", DEFAULT_EPSILON[node.operator])
+            found["norm"].append({"epsilon": epsilon})
+        elif node.operator == "Mul" and constants & set(node.inputs):
+            factor = next(name for name in node.inputs if name in constants)
+            found["scale"].append({"factor": _number(file, node, factor)})
+        elif node.operator == "Clip":
+            bounds = {"least": node.input(1), "most": node.input(2)}
+            found["clamp"].append({name: _number(file, node, x) if x else None for name, x in bounds.items()})
+    return found
+
+
+def _number(file: OnnxFile, node: WrittenNode, name: str) -> float:
+    values = file.constant(name)
+    if values.dtype != np.float32 or values.size != 1:
+        raise BundleError(f"{file.path}: {node.name}: {name!r} is no float32 number")
+    return float(values.item())
 
 
 def _attention(file: OnnxFile, node: WrittenNode) -> Iterator[Fact]:

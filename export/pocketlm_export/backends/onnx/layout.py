@@ -76,10 +76,9 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """Vectors behind one another, float32, plus ``offset``; a name of None stands for zeros."""
+    """Vectors behind one another, float32; a name of None stands for zeros."""
 
     parts: tuple[tuple[str | None, int], ...]
-    offset: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:

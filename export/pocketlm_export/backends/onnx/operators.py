@@ -93,6 +93,33 @@ def skip_simplified_layer_normalization(
     return rms_normalization(total, weight, epsilon=epsilon), None, None, total
 
 
+def layer_normalization(
+    x: Array, weight: Array, bias: Array | None = None, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
+) -> Array:
+    """The RMS norm of what is left of ``x`` without its mean, plus ``bias``."""
+    y = rms_normalization(x - x.mean(-1, keepdims=True), weight, axis=axis, epsilon=epsilon, stash_type=stash_type)
+    return y if bias is None else y + bias
+
+
+def skip_layer_normalization(
+    x: Array, skip: Array, weight: Array, beta: Array | None = None, bias: Array | None = None, *,
+    epsilon: float = 1e-12,
+) -> Results:  # fmt: skip
+    """As :func:`skip_simplified_layer_normalization`; ``bias`` belongs to the sum, ``beta`` to the norm."""
+    total = x + skip if bias is None else x + skip + bias
+    return layer_normalization(total, weight, beta, epsilon=epsilon), None, None, total
+
+
+def add(x: Array, y: Array) -> Array:
+    """Two constants, which are float32, turn to float64."""
+    return np.add(x, y, dtype=np.float64) if x.dtype == y.dtype == np.float32 else x + y
+
+
+def clip(x: Array, least: Array | None = None, most: Array | None = None) -> Array:
+    """Within the bounds that are given."""
+    return np.clip(x, least, most) if least is not None or most is not None else x
+
+
 def sigmoid(x: Array) -> Array:
     """Without overflow."""
     small = np.exp(-np.abs(x))
@@ -163,10 +190,12 @@ def pad(x: Array, pads: Array, constant_value: Array | None, axes: Array) -> Arr
 
 
 OPERATORS: Mapping[str, Callable[..., Results]] = {
-    "Add": lambda x, y: x + y,
+    "Add": add,
     "Cast": cast,
+    "Clip": clip,
     "Gather": gather,
     "Gelu": gelu,
+    "LayerNormalization": layer_normalization,
     "Mul": lambda x, y: x * y,
     "Pad": pad,
     "RMSNormalization": rms_normalization,
@@ -183,6 +212,7 @@ OPERATORS: Mapping[str, Callable[..., Results]] = {
     "com.microsoft.GroupQueryAttention": group_query_attention,
     "com.microsoft.MatMulNBits": matmul_n_bits,
     "com.microsoft.RotaryEmbedding": rotary_embedding,
+    "com.microsoft.SkipLayerNormalization": skip_layer_normalization,
     "com.microsoft.SkipSimplifiedLayerNormalization": skip_simplified_layer_normalization,
 }
 # Their first input takes all calls' positions behind one another, so that a matrix is unpacked once.

@@ -43,6 +43,7 @@ class OnnxReader:
         table=np.float32,
         epsilon=lambda epsilon: float(np.float32(epsilon)),
         scale=lambda scale: float(np.float32(scale)),
+        constant=lambda value: float(np.float32(value)),
     )
     unstated: frozenset[str] = frozenset()
 

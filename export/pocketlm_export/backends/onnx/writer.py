@@ -71,8 +71,7 @@ def _scales(content: Scales, weights: Weights) -> Blocks:
 
 def _vector(content: Vector, weights: Weights) -> npt.NDArray[np.float32]:
     parts = [np.zeros(size, np.float32) if name is None else weights.values(name) for name, size in content.parts]
-    values: npt.NDArray[np.float32] = np.concatenate(parts)
-    return values + np.float32(content.offset) if content.offset else values
+    return np.concatenate(parts)
 
 
 def _report(region: Region, weights: Weights, progress: Callable[[str, int], None]) -> None:
