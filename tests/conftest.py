@@ -40,16 +40,19 @@ def tiny_bundle(tiny_checkpoint: Callable, tmp_path_factory: pytest.TempPathFact
     """``tiny_bundle(name, scheme, target, head="int8")`` -> the bundle with that one artifact."""
     from pocketlm_export.options import ExportOptions
     from pocketlm_export.pipeline import export_bundle
+    from tests.tiny_models import ROWS
 
     store = tmp_path_factory.mktemp("store")
+    contexts = {row.name: row.context for row in ROWS}
 
     @cache
     def make(name: str, scheme: str, target: str, head: str = "int8"):
         folder, _ = tiny_checkpoint(name)
         output = tmp_path_factory.mktemp("bundles") / "bundle"
-        return export_bundle(
-            str(folder), output, ExportOptions(targets=(target,), scheme=scheme, head=head, store=store, verify=False)
+        options = ExportOptions(
+            targets=(target,), scheme=scheme, head=head, context=contexts[name], store=store, verify=False
         )
+        return export_bundle(str(folder), output, options)
 
     return make
 

@@ -5,7 +5,7 @@ and so does ``python -m tests.tiny_models ROW FOLDER``.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 __all__ = ["ROWS", "Row", "write_checkpoint"]
 
 CONTEXT = 160
+# Their norms multiply by 1 + weight.
+OFFSET_NORMS = ("gemma", "gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tiny model. ``outlier`` scales norms and projections so that residual channels reach about that value."""
+    """One tiny model. ``outlier`` scales norms and projections so that residual channels reach about that value;
+    ``context`` is what is exported, None the model's own."""
 
     name: str
     model_type: str
     config: Mapping[str, Any]
     dtype: str = "bfloat16"
     outlier: float | None = None
-    extra_config: Mapping[str, Any] = field(default_factory=dict)
+    context: int | None = None
 
 
 BASE = {
@@ -48,6 +51,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 40,
 }
+# Heads of 16, of which 12 elements are rotated: six pairs
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.5, 2.0, 2.25],
+    "long_factor": [1.0, 1.5, 3.0, 7.0, 20.0, 40.0],
+    "rope_theta": 1e4,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "rope_theta": 1e4}
+PHI = {key: value for key, value in BASE.items() if key != "rms_norm_eps"}
+GEMMA = {**BASE, "head_dim": 32, "pad_token_id": 0}
 
 ROWS = [
     Row("llama", "llama", {**BASE, "tie_word_embeddings": True}),
@@ -72,6 +85,12 @@ ROWS = [
         {**BASE, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}},
     ),
     Row("llama-llama3-rope", "llama", {**BASE, "head_dim": 32, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}),
+    Row("llama-yarn-rope", "llama", {**BASE, "head_dim": 32, "rope_parameters": YARN}),
+    Row(
+        "llama-dynamic-rope",
+        "llama",
+        {**BASE, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    ),
     Row("llama-outliers", "llama", {**BASE, "tie_word_embeddings": True}, outlier=1e3),
     Row("qwen2", "qwen2", {**BASE, "tie_word_embeddings": True}),
     Row("qwen2-window", "qwen2", {**BASE, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}),
@@ -86,6 +105,48 @@ ROWS = [
         "smollm3",
         {**BASE, "no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 13, "pad_token_id": 0},
     ),
+    Row("phi", "phi", {**PHI, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}, dtype="float16"),
+    # Phi-2's heads of 80, of which 32 are rotated, in small: 20, of which 8
+    Row("phi-2", "phi", {**PHI, "hidden_size": 80, "num_key_value_heads": 4, "partial_rotary_factor": 0.4}),
+    Row("phi-grouped", "phi", {**PHI, "hidden_size": 72, "intermediate_size": 90, "num_attention_heads": 6}),
+    Row("phi-outliers", "phi", {**PHI, "num_key_value_heads": 4}, outlier=1e3),
+    Row("phi3", "phi3", {**BASE, "num_key_value_heads": 4, "pad_token_id": 0}),
+    Row("phi3-window", "phi3", {**BASE, "hidden_size": 96, "sliding_window": 11, "pad_token_id": 0}),
+    # Phi-4-mini's: partial rotation, tied, grouped
+    Row(
+        "phi3-long-rope",
+        "phi3",
+        {
+            **BASE,
+            "partial_rotary_factor": 0.75,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 40,
+            "rope_parameters": LONGROPE,
+        },
+    ),
+    Row(
+        "phi3-short-rope",
+        "phi3",
+        {
+            **BASE,
+            "partial_rotary_factor": 0.75,
+            "max_position_embeddings": 640,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": CONTEXT,
+            "rope_parameters": LONGROPE,
+        },
+        context=CONTEXT,
+    ),
+    Row("phi3-outliers", "phi3", {**BASE, "pad_token_id": 0}, outlier=1e3),
+    Row("gemma", "gemma", {**GEMMA, "num_key_value_heads": 1}),
+    # Gemma 7B's: heads that together are wider than the residual, as many for keys; 9 is odd
+    Row(
+        "gemma-wide-heads",
+        "gemma",
+        {**GEMMA, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 9, "vocab_size": 331},
+    ),
+    Row("gemma-outliers", "gemma", {**GEMMA, "num_key_value_heads": 1}, outlier=1e3),
 ]
 
 
@@ -98,12 +159,7 @@ def write_checkpoint(row: Row, folder: Path) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
-            elif parameter.dim() == 1:
-                parameter.copy_(0.3 * torch.randn_like(parameter))
-            else:
-                parameter.copy_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
+            parameter.copy_(_initial(name, parameter, center=0.0 if row.model_type in OFFSET_NORMS else 1.0))
         if row.outlier is not None:
             _add_outliers(model, row.outlier)
     stored = model.to(getattr(torch, row.dtype))
@@ -112,18 +168,31 @@ def write_checkpoint(row: Row, folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
+def _initial(name: str, parameter: torch.Tensor, center: float) -> torch.Tensor:
+    """Random values that keep every layer's output near one; ``center`` is what the weights of norms lie around."""
+    noise = torch.randn_like(parameter)
+    if parameter.dim() == 1:
+        return center + 0.2 * noise if "norm" in name and name.endswith(".weight") else 0.3 * noise
+    return noise * parameter.shape[-1] ** -0.5
+
+
 def _add_outliers(model: torch.nn.Module, size: float) -> None:
-    """Drive two residual channels to about ``size`` from the first layer on, as released models do."""
+    """Drive two residual channels to about ``size`` from the first layer on, as released models do.
+
+    What adds to them gains a factor, and what reads them, a norm, loses one.
+    """
+    embedding = model.model.embed_tokens.weight
+    scale = float(getattr(model.model.embed_tokens, "embed_scale", 1.0))
+    offset = 1.0 if model.config.model_type in OFFSET_NORMS else 0.0
     for channel, sign in ((5, 1.0), (17, -1.0)):
-        model.model.embed_tokens.weight[:, channel] = (
-            sign * size * (1 + 0.1 * torch.randn(len(model.model.embed_tokens.weight)))
-        )
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight[5] *= 20
-        layer.mlp.down_proj.weight[17] *= 20
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.weight[[5, 17]] *= 0.05
-    model.model.norm.weight[[5, 17]] *= 0.05
+        embedding[:, channel] = sign * size / scale * (1 + 0.1 * torch.randn(len(embedding)))
+    for name, parameter in model.model.named_parameters():
+        if name.endswith(("o_proj.weight", "self_attn.dense.weight")):
+            parameter[5] *= 20
+        elif name.endswith(("mlp.down_proj.weight", "mlp.fc2.weight")):
+            parameter[17] *= 20
+        elif "norm" in name and name.endswith(".weight") and len(parameter) == model.config.hidden_size:
+            parameter[[5, 17]] = (parameter[[5, 17]] + offset) * 0.05 - offset
 
 
 def write_tokenizer(folder: Path, vocabulary_size: int) -> None:

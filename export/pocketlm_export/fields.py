@@ -3,6 +3,7 @@
 import json
 import math
 import stat
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ class Fields:
         value = self.value(key)
         if value is None:
             return default
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise self.refuse(key, f"is {json.dumps(value)[:60]}; supported: {', '.join(sorted(choices))}")
         return str(value)
 
@@ -118,6 +119,19 @@ class Fields:
             if isinstance(item, bool) or item not in values:
                 raise self.refuse(key, f"holds {json.dumps(item)[:40]}; supported: {', '.join(map(str, values))}")
         return value
+
+    def numbers(self, key: str, length: int, *, most: float = math.inf) -> list[float]:
+        """A list of ``length`` finite numbers greater than zero and at most ``most``."""
+        value = self.value(key)
+        if value is None:
+            raise self.refuse(key, "is missing")
+        if not isinstance(value, list) or len(value) != length:
+            raise self.refuse(key, f"must be a list of {length} numbers")
+        numbers = [_real(item) for item in value]
+        for number, item in zip(numbers, value, strict=True):
+            if not 0 < number <= min(most, sys.float_info.max):
+                raise self.refuse(key, f"holds {json.dumps(item)[:40]}: must be greater than zero and at most {most:g}")
+        return numbers
 
     def nested(self, key: str) -> "Fields | None":
         """The object under ``key``; None if absent, null or empty."""

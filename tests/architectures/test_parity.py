@@ -25,9 +25,9 @@ def tokens_for(row) -> list[int]:
     return generator.integers(5, row.config["vocab_size"], PROMPT + DECODE).tolist()
 
 
-def reference(folder, scheme: str, tmp_path, head: str = "int8") -> ReferenceSession:
+def reference(row, folder, scheme: str, tmp_path, head: str = "int8") -> ReferenceSession:
     checkpoint = open_checkpoint(folder)
-    graph = build_graph(checkpoint.config, checkpoint.config.context_length)
+    graph = build_graph(checkpoint.config, row.context or checkpoint.config.context_length)
     weights = quantize(checkpoint.tensors, assign_rows(graph, scheme, head), WeightStore(tmp_path))
     return ReferenceSession(graph, weights)
 
@@ -41,7 +41,7 @@ def transformers_logits(model, tokens: list[int]) -> np.ndarray:
 def test_the_eager_reference_equals_transformers(row, tiny_checkpoint, tmp_path):
     folder, model = tiny_checkpoint(row.name)
     tokens = tokens_for(row)
-    largest, rms = difference(run(reference(folder, "fp32", tmp_path), tokens), transformers_logits(model, tokens))
+    largest, rms = difference(run(reference(row, folder, "fp32", tmp_path), tokens), transformers_logits(model, tokens))
     assert largest <= LARGEST["reference"]
     assert rms <= RMS["reference"]
 
@@ -73,7 +73,7 @@ def test_quantized_agrees_with_the_reference_on_the_same_integers(
 ):
     folder, _ = tiny_checkpoint(row.name)
     tokens = tokens_for(row)
-    expected = run(reference(folder, scheme, tmp_path), tokens)
+    expected = run(reference(row, folder, scheme, tmp_path), tokens)
     limit = MEAN_KL[runtime]
     if runtime == "coreml":
         limit = MEAN_KL_COREML_LARGE_LOGITS.get(row.name, limit)

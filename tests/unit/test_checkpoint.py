@@ -1,6 +1,7 @@
 """Reading checkpoints: both spellings, single and sharded files, the released models, and what fine-tunes add."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pocketlm_export.architectures import build_graph, known_architectures
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.checkpoint.tensors import TensorFile
 from pocketlm_export.checkpoint.text import open_text, with_tokenizer_stop
+from pocketlm_export.selection import tensor_of
 from tests.small_checkpoint import CONFIG, tensors_of, write_header_only, write_small_checkpoint
 
 
@@ -229,22 +231,29 @@ def test_released_models_parse_or_are_refused_for_a_stated_reason(released, tmp_
         model_type = json.loads((source / "config.json").read_text())["model_type"]
         folder = as_checkpoint(source, tmp_path / source.name)
         if model_type in known_architectures():
-            config = open_checkpoint(folder).config
-            first_layers = replace(config, layers=config.layers[:2])
-            traced = {name: weight.shape for name, weight in build_graph(first_layers, 16).weights().items()}
+            checkpoint = open_checkpoint(folder)
+            config = checkpoint.config
+            weights = build_graph(replace(config, layers=config.layers[:2]), 16).weights()
             promised = released_shapes(source, layers=2)
             if config.tied:
                 promised.pop("lm_head.weight", None)  # Qwen3-0.6B saves its copy
-            assert traced == promised, source.name
-            assert f"model.layers.{len(config.layers) - 1}.mlp.up_proj.weight" in released_shapes(source)
-            assert f"model.layers.{len(config.layers)}.mlp.up_proj.weight" not in released_shapes(source)
+            assert {tensor_of(name) for name in weights} == set(promised), source.name
+            assert {name: checkpoint.tensors.shape(name) for name in weights} == {
+                name: weight.shape for name, weight in weights.items()
+            }, source.name
+            # Rows of a fused tensor are all read, and once.
+            assert sum(math.prod(weight.shape) for weight in weights.values()) == sum(map(math.prod, promised.values()))
+            layers = {int(name.split(".")[2]) for name in released_shapes(source) if name.startswith("model.layers.")}
+            assert layers == set(range(len(config.layers)))
             supported.append(source.name)
         else:
             with pytest.raises(UnsupportedError, match=rf"config\.json: model_type '{model_type}' is not supported"):
                 open_checkpoint(folder)
     assert {
         "Llama-3.1-8B-Instruct", "Llama-3.2-1B-Instruct", "Mistral-7B-Instruct-v0.3", "Mistral-7B-v0.1",
-        "Qwen2.5-0.5B-Instruct", "Qwen3-0.6B", "SmolLM2-135M-Instruct", "TinyLlama-1.1B-Chat-v1.0",
+        "Phi-3-mini-128k-instruct", "Phi-3-mini-4k-instruct", "Phi-3.5-mini-instruct", "Phi-4-mini-instruct",
+        "Qwen2.5-0.5B-Instruct", "Qwen3-0.6B", "SmolLM2-135M-Instruct", "SmolLM3-3B", "TinyLlama-1.1B-Chat-v1.0",
+        "gemma-2b", "gemma-7b-it", "phi-1_5", "phi-2",
     } <= set(supported)  # fmt: skip
 
 
@@ -275,7 +284,7 @@ VARIANTS = {
     "gemma-3-4b-it.config.json": "'gemma3' is not supported",
     "granite-3.3-8b-instruct.compressed-tensors-fp8.config.json": "'quantization_config'.*compressed-tensors",
     "phi-1_5.phi-msft.config.json": "'phi-msft' is not supported",
-    "phi-1_5.phi-old-keys.config.json": "'phi' is not supported",
+    "phi-1_5.phi-old-keys.config.json": "an old Phi configuration",
     "phi-2.gptq.config.json": "'quantization_config'.*gptq",
     "phi-4-mini-reasoning.wrong-model_type.config.json": "'phi4' is not supported",
     "stablelm-2-1_6b.bnb-nf4.config.json": "'quantization_config'.*bitsandbytes",

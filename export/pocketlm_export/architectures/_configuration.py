@@ -1,25 +1,55 @@
 """config.json of a Llama-like decoder, in either spelling, as one typed and closed configuration."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from pocketlm.errors import UnsupportedError
+from pocketlm_export.architectures._rope import LARGEST_NUMBER, RopeDefaults, read_rotary
 from pocketlm_export.fields import Fields
-from pocketlm_export.graph.rotary import Rotary, default_frequencies, linear_frequencies, llama3_frequencies
+from pocketlm_export.graph.rotary import LongRotary, Rotary
 
-__all__ = ["DecoderConfig", "Defaults", "LayerConfig", "layer_windows", "read_decoder"]
+__all__ = [
+    "ACTIVATIONS",
+    "SUPPRESSING_BIAS",
+    "DecoderConfig",
+    "Defaults",
+    "ExpertsConfig",
+    "LayerConfig",
+    "layer_windows",
+    "read_decoder",
+    "read_window",
+    "with_windows",
+]
 
 MOST_LAYERS = 1024
-# Ten times beyond what any released model has; what is larger is an error of whoever wrote the file.
-LARGEST_THETA = 1e11
-LARGEST_NUMBER = 1e5
+SUPPRESSING_BIAS = "lm_head.suppressing_bias"
+# transformers' names of the activations that the graph has.
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """A mixture of ``count`` gated MLPs of ``intermediate_size``; each position takes ``chosen`` of them."""
+
+    count: int
+    chosen: int
+    intermediate_size: int
+    renormalize: bool
 
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """What may differ from layer to layer: rotation (None: none) and sliding window in keys (None: full attention)."""
+    """What may differ from layer to layer: rotation (None: none), sliding window in keys (None: full attention), and
+    the mixture of experts in the place of the MLP (None: the MLP)."""
 
-    rotary: Rotary | None
+    rotary: Rotary | LongRotary | None
     window: int | None
+    experts: ExpertsConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +57,8 @@ class DecoderConfig:
     """The mathematics of a decoder. ``context_length`` is the longest the model was made for.
 
     ``layer_norm``: norms are layer norms with a bias, else RMS norms times weight + ``norm_offset``. ``residual_scale``
-    is on what attention and MLP add; ``attention_scale`` None is 1/sqrt(head_dim).
+    is on what attention and MLP add; ``attention_scale`` None is 1/sqrt(head_dim). ``suppressed_ids`` are never to be chosen:
+    the weight :data:`SUPPRESSING_BIAS` of the head, which no file has, sees to it.
     """
 
     model_type: str
@@ -55,21 +86,30 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    suppressed_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a class of transformers assumes for an absent key. None: as many as heads, or hidden/heads."""
+    """What a class of transformers assumes for an absent key, and how it spells those that not all spell alike.
+
+    None: as many as heads, or hidden/heads. ``activations`` maps the names that the class may use to the graph's kinds.
+    """
 
     kv_heads: int | None = None
     head_dim: int | None = None
-    rope_theta: float = 10_000.0
+    rope: RopeDefaults = field(default_factory=RopeDefaults)
     tied: bool = False
+    norm_epsilon: float = 1e-6
+    epsilon_key: str = "rms_norm_eps"
+    activation: str = "silu"
+    activation_key: str = "hidden_act"
+    activations: Mapping[str, str] = field(default_factory=lambda: ACTIVATIONS)
 
 
 def read_decoder(fields: Fields, defaults: Defaults = Defaults()) -> DecoderConfig:
     """The keys that every Llama-like class shares; a file of ``architectures`` replaces what it states otherwise."""
-    fields.choice("hidden_act", "silu", ("silu", "swish"))
+    activation = fields.choice(defaults.activation_key, defaults.activation, defaults.activations)
     if fields.flag("rope_interleaved", False):
         raise fields.refuse("rope_interleaved", "is true: interleaved rotary pairs are not supported")
     heads = fields.integer("num_attention_heads", most=1024)
@@ -83,7 +123,7 @@ def read_decoder(fields: Fields, defaults: Defaults = Defaults()) -> DecoderConf
         raise fields.refuse("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} attention heads")
     head_dim = _head_dim(fields, hidden_size, heads, defaults)
     context_length = fields.integer("max_position_embeddings", most=1 << 30)
-    layer = LayerConfig(read_rotary(fields, head_dim, defaults.rope_theta, context_length), None)
+    layer = LayerConfig(read_rotary(fields, head_dim, context_length, defaults.rope), None)
     return DecoderConfig(
         model_type=fields.value("model_type"),
         vocabulary_size=fields.integer("vocab_size", most=1 << 24),
@@ -92,10 +132,11 @@ def read_decoder(fields: Fields, defaults: Defaults = Defaults()) -> DecoderConf
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_epsilon=fields.number("rms_norm_eps", 1e-6, most=LARGEST_NUMBER),
+        norm_epsilon=fields.number(defaults.epsilon_key, defaults.norm_epsilon, most=LARGEST_NUMBER),
         context_length=context_length,
         tied=fields.flag("tie_word_embeddings", defaults.tied),
         layers=(layer,) * fields.integer("num_hidden_layers", most=MOST_LAYERS),
+        activation=defaults.activations[activation],
     )
 
 
@@ -115,42 +156,16 @@ def _head_dim(fields: Fields, hidden_size: int, heads: int, defaults: Defaults) 
     return head_dim
 
 
-def read_rotary(fields: Fields, width: int, default_theta: float, context_length: int) -> Rotary:
-    """The rotation of ``width`` elements: ``rope_scaling`` wins over ``rope_parameters``, their theta over the top."""
-    top_theta = fields.number("rope_theta", default_theta, least=1, most=LARGEST_THETA)
-    scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
-    rope = scaling or parameters
-    if rope is None:
-        return Rotary(default_frequencies(top_theta, width))
-    theta = rope.number("rope_theta", top_theta, least=1, most=LARGEST_THETA)
-    kind, older = rope.value("rope_type"), rope.value("type")
-    if kind is not None and older is not None and kind != older:
-        raise rope.refuse("rope_type", f"is {kind!r} but 'type' is {older!r}: which one was meant?")
-    kind = older if kind is None else kind
-    kind = "default" if kind is None else kind
-    match kind:
-        case "default":
-            frequencies = default_frequencies(theta, width)
-        case "linear":
-            frequencies = linear_frequencies(theta, width, rope.number("factor", least=1, most=LARGEST_NUMBER))
-        case "llama3":
-            original = fields.integer(
-                "original_max_position_embeddings", rope.integer("original_max_position_embeddings", context_length)
-            )
-            low, high = (rope.number(key, most=LARGEST_NUMBER) for key in ("low_freq_factor", "high_freq_factor"))
-            if high <= low:
-                raise rope.refuse("high_freq_factor", f"must be greater than low_freq_factor ({low}), not {high}")
-            frequencies = llama3_frequencies(
-                theta, width, rope.number("factor", least=1, most=LARGEST_NUMBER), low, high, original
-            )
-        case _:
-            raise UnsupportedError(
-                f"{rope.source}: rope type {str(kind)[:40]!r} is not supported; supported: default, linear, llama3"
-            )
-    unread = [key for key in rope.unread() if key not in ("partial_rotary_factor", "original_max_position_embeddings")]
-    if unread:
-        raise rope.refuse(unread[0], f"has no meaning for rope type {kind!r}")
-    return Rotary(frequencies)
+def read_window(fields: Fields, default: int | None) -> int | None:
+    """``sliding_window`` in keys; null says none, absence ``default``."""
+    no_window = fields.value("sliding_window") is None and ("sliding_window" in fields or default is None)
+    return None if no_window else fields.integer("sliding_window", default)
+
+
+def with_windows(config: DecoderConfig, windows: Sequence[int | None]) -> DecoderConfig:
+    """``config`` with the window of each layer."""
+    layers = tuple(replace(layer, window=window) for layer, window in zip(config.layers, windows, strict=True))
+    return replace(config, layers=layers)
 
 
 def layer_windows(fields: Fields, layers: int, window: int | None, default_types: list[str]) -> list[int | None]:

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pocketlm_export.architectures._configuration import (
     DecoderConfig,
     Defaults,
-    LayerConfig,
     layer_windows,
     read_decoder,
+    with_windows,
 )
 from pocketlm_export.fields import Fields
 
@@ -22,5 +22,4 @@ def configure(fields: Fields, defaults: Defaults = Defaults(kv_heads=32)) -> Dec
     first = fields.integer("max_window_layers", 28, least=0)
     types = ["sliding_attention" if used and index >= first else "full_attention" for index in range(count)]
     windows = layer_windows(fields, count, window, types)
-    layers = tuple(LayerConfig(layer.rotary, window) for layer, window in zip(config.layers, windows, strict=True))
-    return replace(config, layers=layers, query_key_value_bias=True)
+    return replace(with_windows(config, windows), query_key_value_bias=True)

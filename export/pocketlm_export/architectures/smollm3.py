@@ -4,12 +4,13 @@ from dataclasses import replace
 
 from pocketlm_export.architectures import llama
 from pocketlm_export.architectures._configuration import DecoderConfig, Defaults, LayerConfig, layer_windows
+from pocketlm_export.architectures._rope import RopeDefaults
 from pocketlm_export.fields import Fields
 
 
 def configure(fields: Fields) -> DecoderConfig:
     """``no_rope_layers`` holds 1 where a layer rotates; absent, each ``no_rope_layer_interval``-th layer doesn't."""
-    config = llama.configure(fields, Defaults(kv_heads=4, rope_theta=2_000_000.0, tied=True))
+    config = llama.configure(fields, Defaults(kv_heads=4, rope=RopeDefaults(2_000_000.0), tied=True))
     count = len(config.layers)
     interval = fields.integer("no_rope_layer_interval", 4)
     rotates = fields.choices("no_rope_layers", count, (0, 1)) or [(index + 1) % interval > 0 for index in range(count)]

@@ -13,8 +13,8 @@ NEUTRAL_KEYS = frozenset(
     begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
     embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id hidden_dropout hidden_dropout_prob id2label initializer_range
-    is_decoder is_encoder_decoder is_llama_config label2id length_penalty max_length max_window_layers
+    forced_bos_token_id forced_eos_token_id full_attn_mod hidden_dropout hidden_dropout_prob id2label initializer_range
+    interpolate_factor is_decoder is_encoder_decoder is_llama_config label2id length_penalty max_length max_window_layers
     min_length mlp_bias model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
     original_max_position_embeddings output_attentions output_hidden_states output_router_logits output_scores
     pad_token_id partial_rotary_factor prefix pretraining_tp problem_type pruned_heads remove_invalid_values
