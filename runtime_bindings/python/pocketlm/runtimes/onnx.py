@@ -10,6 +10,7 @@ import onnxruntime  # type: ignore[import-untyped]
 
 from pocketlm.errors import PocketLMError, UnavailableError
 from pocketlm.manifest import Manifest
+from pocketlm.memory import untouched_zeros
 from pocketlm.runtimes.onnx_loading import RUNTIME_ERRORS, load_model
 from pocketlm.runtimes.onnx_packed import packed_copy
 from pocketlm.session import Session
@@ -68,8 +69,7 @@ class OnnxSession(Session):
         for value in self._decoder.get_inputs():
             if value.name.startswith("past_key_values."):
                 _, kv_heads, _, head_dim = value.shape
-                # Zeros that were never touched take no memory.
-                cache = np.zeros((1, kv_heads, self.context_length, head_dim), np.float32)
+                cache = untouched_zeros((1, kv_heads, self.context_length, head_dim), np.float32)
                 self._buffers.append(cache)
                 shared = onnxruntime.OrtValue.ortvalue_from_numpy(cache)
                 for binding in (self._last_only, self._with_states):

@@ -1,7 +1,5 @@
 """Runs of a package in the reference interpreter: the calls of several runs together, each weight decoded once."""
 
-import math
-import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import InputError
+from pocketlm.memory import untouched_zeros
 from pocketlm.runtimes.coreml import function_of
 from pocketlm.runtimes.coreml_interpreter import Interpreter, Request
 from pocketlm_export.backends.reading import Run, Trace
@@ -70,7 +69,7 @@ class Runner:
             yield Trace(logits, keys, values)
 
     def _state(self, run: Run) -> dict[str, Array]:
-        state = {name: _untouched_zeros(self._shape, self._interpreter.held_dtype(name)) for name in (KEYS, VALUES)}
+        state = {name: untouched_zeros(self._shape, self._interpreter.held_dtype(name)) for name in (KEYS, VALUES)}
         if run.past is not None:
             _, kv_heads, _, head_dim = self._shape
             for layer, places in enumerate(zip(state[KEYS], state[VALUES], strict=True)):
@@ -89,9 +88,3 @@ def _requests(run: Run, state: dict[str, Array]) -> Iterator[Request]:
 
 def _last(logits: Array, rows: int) -> Array:
     return logits if len(logits) == rows else logits[len(logits) - rows :].copy()
-
-
-def _untouched_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Zeros that take memory where they are written, page by page: numpy's own would ask for huge pages."""
-    size = math.prod(shape) * dtype.itemsize
-    return np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype).reshape(shape)

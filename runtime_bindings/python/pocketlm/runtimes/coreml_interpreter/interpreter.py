@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketlm.errors import BundleError, InputError
+from pocketlm.memory import untouched_zeros
 
 from .execution import Call, Settings
 from .lockstep import run_together
@@ -127,7 +128,7 @@ class Interpreter:
     def make_state(self) -> dict[str, Array]:
         """Zeros for every state, in its :meth:`held_dtype`."""
         shapes = {name: [size or 0 for size in kind.shape] for name, kind in self._states.items()}
-        return {name: np.zeros(shape, self.held_dtype(name)) for name, shape in shapes.items()}
+        return {name: untouched_zeros(shape, self.held_dtype(name)) for name, shape in shapes.items()}
 
     def predict(
         self, inputs: dict[str, Array], state: dict[str, Array] | None = None, function: str | None = None
