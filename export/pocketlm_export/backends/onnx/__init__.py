@@ -24,9 +24,11 @@ from pocketlm_export.graph.graph import (
     Graph,
     LastPositions,
     Linear,
+    MixtureOfExperts,
     Multiply,
     Norm,
     Scale,
+    WeightInfo,
 )
 from pocketlm_export.quantization.schemes import SchemeRow
 from pocketlm_export.vendor_tokenizers import write_tokenizer_files
@@ -35,7 +37,7 @@ __all__ = ["check", "libraries", "write"]
 
 ACTIVATIONS = frozenset({"gelu", "gelu_tanh", "sigmoid", "silu", "tanh"})
 LOWERED = (
-    Activation, Add, Attention, Clamp, Embedding, LastPositions, Linear, Multiply, Norm, Scale,
+    Activation, Add, Attention, Clamp, Embedding, LastPositions, Linear, MixtureOfExperts, Multiply, Norm, Scale,
 )  # fmt: skip
 BLOCKS = (16, 32, 64, 128, 256)  # of MatMulNBits
 LONGEST_CALL = 256  # GroupQueryAttention keeps float32 scores [heads, call, context]
@@ -57,6 +59,12 @@ def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
             case Linear() if len({rows[weight.name] for weight in node.weights}) > 1:
                 names = ", ".join(weight.name for weight in node.weights)
                 raise UnsupportedError(f"onnx: {names} have the same input and must have the same scheme")
+            case MixtureOfExperts() if len({rows[weight.name] for weight in _experts(node)}) > 1:
+                raise UnsupportedError(
+                    f"onnx: {node.gates[0].name} and the other matrices of its layer's experts must have one scheme"
+                )
+            case MixtureOfExperts() if rows[node.router.name] is not None:
+                raise UnsupportedError(f"onnx: {node.router.name}: a quantized router is not supported")
             case Activation() if node.kind not in ACTIVATIONS:
                 raise UnsupportedError(
                     f"onnx: activation {node.kind!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}"
@@ -74,12 +82,17 @@ def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
         )
 
 
+def _experts(node: MixtureOfExperts) -> tuple[WeightInfo, ...]:
+    return (*node.gates, *node.ups, *node.downs)
+
+
 def write(lowering: Lowering, folder: Path) -> Artifact:
     """Write model.onnx, head.onnx, model.onnx.data, genai_config.json and the tokenizer's files."""
     import onnx_ir
 
+    from pocketlm_export.backends.onnx.floors import runtime_floor
     from pocketlm_export.backends.onnx.genai import UNKNOWN_SAMPLING, genai_config
-    from pocketlm_export.backends.onnx.model import build, entries, runtime_floor
+    from pocketlm_export.backends.onnx.model import build, entries
 
     graph = lowered(lowering.graph)
     models = build(graph, {name: lowering.weights.row(name) for name in graph.weights()})
@@ -93,7 +106,7 @@ def write(lowering: Lowering, folder: Path) -> Artifact:
     unknown = [key for key in UNKNOWN_SAMPLING if key in lowering.generation.sampling]
     call = min(LONGEST_CALL, graph.context_length)
     return Artifact(
-        runtime={"onnxruntime": f">={runtime_floor(models)}"},
+        runtime={"onnxruntime": f">={runtime_floor(models.decoder)}"},
         longest_call=call,
         rows=call,
         entries=entries(graph, models.layout),

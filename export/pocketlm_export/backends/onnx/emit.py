@@ -4,25 +4,16 @@ Operators, in the oldest form that ``onnx.checker`` and ONNX Runtime both take; 
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from pocketlm_export.backends.onnx.attention import cache_head_dim, rotates_inside
-from pocketlm_export.backends.onnx.layout import (
-    DATA_FILE,
-    Codes,
-    Content,
-    Layout,
-    Matrix,
-    Region,
-    Scales,
-    Table,
-    Vector,
-)
+from pocketlm_export.backends.onnx.emission import MICROSOFT, Emission
+from pocketlm_export.backends.onnx.emit_attention import emit_attention
+from pocketlm_export.backends.onnx.emit_experts import emit_experts
+from pocketlm_export.backends.onnx.layout import Matrix, Scales, Vector
 from pocketlm_export.graph.graph import (
     Activation,
     Add,
@@ -33,155 +24,23 @@ from pocketlm_export.graph.graph import (
     LastPositions,
     LayerNorm,
     Linear,
+    MixtureOfExperts,
     Multiply,
     Node,
     Norm,
     RmsNorm,
     Scale,
     Value,
-    WeightInfo,
 )
 
-__all__ = ["HEAD_INPUT", "MICROSOFT", "ROWS_SUFFIX", "Emission", "tensor_value"]
+__all__ = ["ROWS_SUFFIX", "emit"]
 
-MICROSOFT = "com.microsoft"
-HEAD_INPUT = "hidden_states"
 ROWS_SUFFIX = ".rows"  # a matrix of codes as a table of rows
 
 
-@dataclass(slots=True)
-class Emission:
-    """A model under construction. ``values`` maps the graph's values to ONNX's."""
-
-    graph: Graph
-    layout: Layout
-    nodes: list[ir.Node] = field(default_factory=list)
-    values: dict[Value, ir.Value] = field(default_factory=dict)
-    packed: dict[tuple[Value, ...], ir.Value] = field(default_factory=dict)
-    initializers: dict[str, ir.Value] = field(default_factory=dict)
-    caches: dict[str, ir.Value] = field(default_factory=dict)
-    presents: dict[str, ir.Value] = field(default_factory=dict)
-    mask: ir.Value = field(
-        default_factory=lambda: tensor_value("attention_mask", ir.DataType.INT64, (1, "total_sequence"))
-    )
-    _shared: dict[str, ir.Value] = field(default_factory=dict)
-
-    def emit(self, node: Node) -> None:
-        """Append what computes ``node``."""
-        EMITTERS[type(node)](self, node)
-
-    def call(
-        self,
-        operator: str,
-        inputs: Sequence[ir.Value | None],
-        outputs: str | Sequence[str | None],
-        attributes: Mapping[str, int | float | str | Sequence[int]] = {},
-        domain: str = "",
-    ) -> ir.Value:
-        """Append an operator; returns the first output."""
-        names = [outputs] if isinstance(outputs, str) else outputs
-        made = [ir.Value(name=name or "") for name in names]
-        self.nodes.append(ir.node(operator, inputs, attributes, domain=domain, outputs=made, name=names[0]))
-        return made[0]
-
-    def last(self, index: int) -> ir.Value:
-        """An output of the operator just appended."""
-        return self.nodes[-1].outputs[index]
-
-    def integers(self, values: Sequence[int]) -> ir.Value:
-        """A constant int64 vector inside the model."""
-        name = "int64_" + "_".join(map(str, values)).replace("-", "minus")
-        if name not in self.initializers:
-            constant = ir.tensor(np.array(values, np.int64), name=name)
-            self.initializers[name] = tensor_value(name, ir.DataType.INT64, (len(values),), constant)
-        return self.initializers[name]
-
-    def stored(self, content: Content, shape: tuple[int, ...] | None = None, suffix: str = "") -> ir.Value:
-        """A constant in the data file; a second ``shape`` with a ``suffix`` is another view of the same bytes."""
-        region = self.layout.place(content)
-        name = region.name + suffix
-        if name not in self.initializers:
-            self.initializers[name] = _external(name, region, shape or content.shape)
-        return self.initializers[name]
-
-    def scalar(self, value: float) -> ir.Value:
-        """A constant float32 scalar inside the model."""
-        name = f"float32_{value!r}".replace("-", "minus")
-        if name not in self.initializers:
-            constant = ir.tensor(np.float32(value), name=name)
-            self.initializers[name] = tensor_value(name, ir.DataType.FLOAT, (), constant)
-        return self.initializers[name]
-
-    def vector(self, weight: WeightInfo, offset: float = 0.0) -> ir.Value:
-        """The values of one vector, plus ``offset``: added when the model is loaded, because a sum of float32 would no
-        longer tell the weight."""
-        values = self.stored(Vector(((weight.name, weight.shape[0]),)))
-        if not offset:
-            return values
-        name = f"{weight.name}.with_offset"
-        return self._once(name, lambda: self.call("Add", [values, self.scalar(offset)], name))
-
-    def tables(self, node: Attention) -> list[ir.Value]:
-        """Cosine and sine of a layer's rotation."""
-        assert node.rotary is not None
-        return [self.stored(Table(node.rotary, self.graph.context_length, part)) for part in ("cos", "sin")]
-
-    def total(self) -> ir.Value:
-        """Positions after this call, int64 ``[1]``: the sum of the mask."""
-        return self._once(
-            "total_int64",
-            lambda: self.call("ReduceSum", [self.mask, self.integers([1])], "total_int64", {"keepdims": 0}),
-        )
-
-    def last_position(self) -> ir.Value:
-        """int32 ``[1]``."""
-
-        def emit() -> ir.Value:
-            last = self.call("Sub", [self.total(), self.integers([1])], "last_position_int64")
-            return self.call("Cast", [last], "last_position", {"to": ir.DataType.INT32})
-
-        return self._once("last_position", emit)
-
-    def mask_length(self) -> ir.Value:
-        """int32 ``[1]``."""
-
-        def emit() -> ir.Value:
-            length = self.call("Shape", [self.mask], "mask_length_int64", {"start": 1, "end": 2})
-            return self.call("Cast", [length], "mask_length", {"to": ir.DataType.INT32})
-
-        return self._once("mask_length", emit)
-
-    def first_position(self) -> ir.Value:
-        """Position of the call's first token, int64 ``[1]``."""
-
-        def emit() -> ir.Value:
-            length = self.call("Shape", [self.values[self.graph.ids]], "call_length", {"start": 1, "end": 2})
-            return self.call("Sub", [self.total(), length], "first_position")
-
-        return self._once("first_position", emit)
-
-    def cache(self, node: Attention, part: str) -> tuple[ir.Value, str]:
-        """The past of a layer's ``key`` or ``value``, and the name of its present."""
-        shape = (1, node.kv_heads, "past_sequence", cache_head_dim(node.head_dim))
-        name = f"past_key_values.{node.layer}.{part}"
-        self.caches[name] = tensor_value(name, ir.DataType.FLOAT, shape)
-        return self.caches[name], f"present.{node.layer}.{part}"
-
-    def _once(self, name: str, emit: Callable[[], ir.Value]) -> ir.Value:
-        if name not in self._shared:
-            self._shared[name] = emit()
-        return self._shared[name]
-
-
-def tensor_value(name: str, dtype: ir.DataType, shape: Sequence[int | str], constant: Any = None) -> ir.Value:
-    """A typed value."""
-    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=constant)
-
-
-def _external(name: str, region: Region, shape: tuple[int, ...]) -> ir.Value:
-    dtype = ir.DataType.UINT8 if isinstance(region.content, Codes) else ir.DataType.FLOAT
-    tensor = ir.ExternalTensor(DATA_FILE, region.offset, region.size, dtype, shape=ir.Shape(shape), name=name)
-    return tensor_value(name, dtype, shape, tensor)
+def emit(emission: Emission, node: Node) -> None:
+    """Append what computes ``node``."""
+    EMITTERS[type(node)](emission, node)
 
 
 def _embedding(emission: Emission, node: Embedding) -> None:
@@ -331,95 +190,16 @@ def _last_positions(emission: Emission, node: LastPositions) -> None:
     emission.values[node.output] = emission.call("Gather", inputs, node.output.name, {"axis": 1})
 
 
-def _attention(emission: Emission, node: Attention) -> None:
-    name, width = node.output.name, cache_head_dim(node.head_dim)
-    query: ir.Value | None
-    key: ir.Value | None
-    value: ir.Value | None
-    inside = rotates_inside(node)
-    packed = emission.packed.get((node.query, node.key, node.value))
-    if packed is not None:
-        query, key, value = packed, None, None
-    else:
-        parts = (("query", node.query, node.query_norm, node.heads), ("key", node.key, node.key_norm, node.kv_heads))
-        query, key = (_prepare(emission, node, f"{name}.{part}", x, norm, heads) for part, x, norm, heads in parts)
-        value = _pad_heads(emission, emission.values[node.value], f"{name}.value", node.kv_heads, node.head_dim)
-    past_key, present_key = emission.cache(node, "key")
-    past_value, present_value = emission.cache(node, "value")
-    inputs = [query, key, value, past_key, past_value, emission.last_position(), emission.mask_length()]
-    attributes: dict[str, int | float] = {
-        "num_heads": node.heads,
-        "kv_num_heads": node.kv_heads,
-        "scale": node.scale,
-        "do_rotary": int(inside),
-        "rotary_interleaved": 0,
-        "local_window_size": node.window or -1,
-        "softcap": node.softcap or 0.0,
-    }
-    mixed = name if width == node.head_dim else f"{name}.padded"
-    y = emission.call(
-        "GroupQueryAttention",
-        [*inputs, *emission.tables(node)] if inside else inputs,
-        [mixed, present_key, present_value],
-        attributes,
-        MICROSOFT,
-    )
-    emission.presents[present_key], emission.presents[present_value] = emission.last(1), emission.last(2)
-    emission.values[node.output] = (
-        y if width == node.head_dim else _unpad_heads(emission, y, name, node.heads, node.head_dim)
-    )
-
-
-def _prepare(emission: Emission, node: Attention, name: str, x: Value, norm: WeightInfo | None, heads: int) -> ir.Value:
-    """Queries or keys as GroupQueryAttention takes them: normalized, rotated where it can't, filled up."""
-    y = emission.values[x]
-    if norm is not None:
-        # The CPU kernel refuses the norms that the operator's schema has.
-        y = emission.call("Reshape", [y, emission.integers([0, 0, heads, node.head_dim])], f"{name}.heads")
-        inputs = [y, emission.vector(norm, node.norm_offset)]
-        y = emission.call("RMSNormalization", inputs, f"{name}.norm", {"epsilon": node.norm_epsilon, "axis": -1})
-        y = emission.call("Reshape", [y, emission.integers([0, 0, heads * node.head_dim])], f"{name}.normalized")
-    if node.rotary is not None and not rotates_inside(node):
-        width = 2 * len(node.rotary.frequencies)
-        attributes = {
-            "num_heads": heads,
-            "rotary_embedding_dim": width if width < node.head_dim else 0,
-            "interleaved": 0,
-        }
-        inputs = [y, emission.first_position(), *emission.tables(node)]
-        y = emission.call("RotaryEmbedding", inputs, f"{name}.rotated", attributes, MICROSOFT)
-    return _pad_heads(emission, y, name, heads, node.head_dim)
-
-
-def _pad_heads(emission: Emission, x: ir.Value, name: str, heads: int, head_dim: int) -> ir.Value:
-    width = cache_head_dim(head_dim)
-    if width == head_dim:
-        return x
-    y = emission.call("Reshape", [x, emission.integers([0, 0, heads, head_dim])], f"{name}.narrow")
-    y = emission.call(
-        "Pad", [y, emission.integers([0, width - head_dim]), None, emission.integers([3])], f"{name}.wide"
-    )
-    return emission.call("Reshape", [y, emission.integers([0, 0, heads * width])], f"{name}.padded")
-
-
-def _unpad_heads(emission: Emission, x: ir.Value, name: str, heads: int, head_dim: int) -> ir.Value:
-    wide = emission.integers([0, 0, heads, cache_head_dim(head_dim)])
-    y = emission.call("Reshape", [x, wide], f"{name}.wide")
-    y = emission.call(
-        "Slice", [y, emission.integers([0]), emission.integers([head_dim]), emission.integers([3])], f"{name}.narrow"
-    )
-    return emission.call("Reshape", [y, emission.integers([0, 0, heads * head_dim])], name)
-
-
 EMITTERS: Mapping[type, Callable[[Emission, Any], None]] = {
     Activation: _activation,
     Add: _add,
-    Attention: _attention,
+    Attention: emit_attention,
     Clamp: _clamp,
     Embedding: _embedding,
     LastPositions: _last_positions,
     LayerNorm: _norm,
     Linear: _linear,
+    MixtureOfExperts: emit_experts,
     Multiply: _multiply,
     RmsNorm: _norm,
     Scale: _scale,

@@ -188,12 +188,20 @@ def _one_by_one(
 
 
 def _together(file: OnnxFile, node: WrittenNode, arguments: Sequence[Values | Array | None]) -> list[Values]:
-    x, *constants = arguments
-    if x is None or isinstance(x, np.ndarray) or any(isinstance(c, Sequence) for c in constants):
-        raise UnsupportedError(f"{file.path}: {node.name}: only products with a constant matrix are supported")
-    (y,) = _operator(file, node)([np.concatenate(x, 1), *constants])
+    joined: list[Array | None] = []
+    for position, argument in enumerate(arguments):
+        if argument is None or isinstance(argument, np.ndarray):
+            joined.append(argument)
+        elif position in WITH_MATRIX[node.operator]:
+            joined.append(np.concatenate(argument, -2))
+        else:
+            raise UnsupportedError(f"{file.path}: {node.name}: only products with a constant matrix are supported")
+    x = arguments[0]
+    if x is None or isinstance(x, np.ndarray):
+        raise UnsupportedError(f"{file.path}: {node.name}: a product of constants is not supported")
+    (y,) = _operator(file, node)(joined)
     assert y is not None
-    return [np.split(y, np.cumsum([value.shape[1] for value in x])[:-1].tolist(), 1)]
+    return [np.split(y, np.cumsum([value.shape[-2] for value in x])[:-1].tolist(), -2)]
 
 
 def _operator(file: OnnxFile, node: WrittenNode) -> Operator:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pocketlm.errors import BundleError, CheckError
 from pocketlm.manifest import Manifest
+from pocketlm_export.backends.onnx.experts import MIXTURES
 from pocketlm_export.backends.onnx.file import MICROSOFT, OnnxFile, WrittenNode
 from pocketlm_export.backends.onnx.matrices import quantized_matrices
 from pocketlm_export.backends.reading import Fact
@@ -61,12 +62,14 @@ def check_same_place(decoder: OnnxFile, head: OnnxFile, name: str) -> None:
 
 def _counted(file: OnnxFile) -> dict[str, list[dict[str, FactValue]]]:
     """What the operators state that go by their number: for each kind, in the order of the file."""
-    found: dict[str, list[dict[str, FactValue]]] = {"norm": [], "scale": [], "clamp": []}
+    found: dict[str, list[dict[str, FactValue]]] = {"norm": [], "scale": [], "clamp": [], "experts": []}
     constants = set(file.constants)
     for node in file.nodes:
         if node.operator in DEFAULT_EPSILON:
             epsilon = node.attributes.get("epsilon", DEFAULT_EPSILON[node.operator])
             found["norm"].append({"epsilon": epsilon})
+        elif node.operator in MIXTURES:
+            found["experts"].append({"chosen": node.attributes.get("k"), "renormalize": _renormalizes(node)})
         elif node.operator == "Mul" and constants & set(node.inputs):
             factor = next(name for name in node.inputs if name in constants)
             found["scale"].append({"factor": _number(file, node, factor)})
@@ -74,6 +77,12 @@ def _counted(file: OnnxFile) -> dict[str, list[dict[str, FactValue]]]:
             bounds = {"least": node.input(1), "most": node.input(2)}
             found["clamp"].append({name: _number(file, node, x) if x else None for name, x in bounds.items()})
     return found
+
+
+def _renormalizes(node: WrittenNode) -> bool:
+    """QMoE without router weights does whatever its attribute says."""
+    ignored = node.operator == f"{MICROSOFT}QMoE" and not node.input(14)
+    return ignored or bool(node.attributes.get("normalize_routing_weights", 0))
 
 
 def _number(file: OnnxFile, node: WrittenNode, name: str) -> float:
@@ -153,7 +162,8 @@ def _check_accounted(file: OnnxFile, manifest: Manifest, tables: set[str]) -> No
 
     What no weight accounts for would be compared with nothing.
     """
-    known = {weight.places["onnx"].entry for weight in manifest.weights.values()} | tables
+    entries = {weight.places["onnx"].entry for weight in manifest.weights.values()}
+    known = {file.entry(entry)[0] for entry in entries} | tables
     scales: dict[object, str] = {}
     for node, matrix in quantized_matrices(file):
         place = file.place(matrix.codes)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 
 from pocketlm.errors import BundleError, UnsupportedError
+from pocketlm_export.selection import RowSelection, selected
 
 __all__ = ["MICROSOFT", "OnnxFile", "WrittenNode"]
 
@@ -114,6 +115,11 @@ class OnnxFile:
             return np.memmap(file, self._dtype(constant), "r", offset, tuple(constant.dims))
         except (TypeError, ValueError) as error:
             raise BundleError(f"{self.path}: {name}: {error}") from error
+
+    def entry(self, name: str) -> tuple[str, RowSelection | None]:
+        """The constant that an entry of the manifest's places is in, and which of its rows, where several weights' take
+        turns."""
+        return (name, None) if name in self._constants else selected(name)
 
     def last_size(self, value: str) -> int | None:
         """The last axis of an input or an output of the graph; None if it has none, or no fixed one."""

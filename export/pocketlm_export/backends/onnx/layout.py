@@ -27,6 +27,7 @@ __all__ = [
 
 DATA_FILE = "model.onnx.data"
 PAGE = 4096
+MOST_TOLD = 8  # parts of a name that stand for matrices side by side
 INT8_BLOCK = 32  # of columns: MatMulNBits knows no scale per channel, and rounds activations block by block
 
 
@@ -34,7 +35,8 @@ INT8_BLOCK = 32  # of columns: MatMulNBits knows no scale per channel, and round
 class Codes:
     """Codes of matrices ``[N_i, columns]`` below one another, as MatMulNBits wants them: uint8 ``[N, blocks, bytes]``.
 
-    Unsigned, zero at ``2^(bits-1)``; int4 two a byte, the even column low; the last block is filled up with zeros.
+    Unsigned, zero at ``2^(bits-1)``; int4 two a byte, the even column low; the last block is filled up with zeros. Of
+    every ``alternating`` matrices, all of one shape, the rows take turns.
     """
 
     weights: tuple[str, ...]
@@ -42,6 +44,7 @@ class Codes:
     columns: int
     bits: int
     block: int
+    alternating: int = 1
 
     @property
     def blocks(self) -> int:
@@ -68,10 +71,11 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Unquantized matrices ``[N_i, K]`` below one another, float32."""
+    """Unquantized matrices ``[N_i, K]`` below one another, float32; ``alternating`` as that of :class:`Codes`."""
 
     weights: tuple[str, ...]
     shape: tuple[int, ...]
+    alternating: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,10 @@ class Layout:
         self._end = offset + size
         return region
 
+    def row(self, weight: str) -> SchemeRow | None:
+        """How a weight is quantized; None if it is not."""
+        return self._rows[weight]
+
     def codes(self, weights: tuple[str, ...], rows: int, columns: int) -> Codes | None:
         """The codes of ``weights``; None if they are not quantized."""
         row = self._rows[weights[0]]
@@ -144,14 +152,26 @@ class Layout:
             return None
         return Codes(weights, rows, columns, row.bits, row.group or INT8_BLOCK)
 
+    def expert_codes(self, weights: tuple[str, ...], rows: int, columns: int, alternating: int) -> Codes:
+        """The codes of quantized matrices ``[rows, columns]`` each: QMoE knows a scale of a whole row."""
+        row = self._rows[weights[0]]
+        assert row is not None
+        return Codes(weights, rows * len(weights), columns, row.bits, row.group or columns, alternating)
+
     def _name(self, content: Content) -> str:
         match content:
             case Codes() | Matrix():
-                return merged_name(content.weights)
+                return _matrix_name(content.weights)
             case Scales():
-                return merged_name(content.codes.weights) + ".scales"
+                return _matrix_name(content.codes.weights) + ".scales"
             case Vector():
                 return merged_name(tuple(name for name, _ in content.parts if name is not None))
             case Table():
                 tables = sum(isinstance(other, Table) for other in self._regions)
                 return f"rotary.{tables // 2}.{content.part}"
+
+
+def _matrix_name(weights: tuple[str, ...]) -> str:
+    """That of :func:`merged_name`; of many experts only the first and the last are told."""
+    parts = (part.split("+") for part in merged_name(weights).split("."))
+    return ".".join("+".join(part) if len(part) <= MOST_TOLD else f"{part[0]}..{part[-1]}" for part in parts)

@@ -1,10 +1,10 @@
-"""Quantized matrices as MatMulNBits and GatherBlockQuantized define their bytes, and products with them.
+"""Quantized matrices as MatMulNBits, GatherBlockQuantized and QMoE define their bytes, and products with them.
 
 Codes are uint8 with their zero at ``2^(bits-1)``; of 4 bits there are two a byte, the even column low. Scales are
 float32, one for each block of columns: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from pocketlm_export.backends.onnx.file import MICROSOFT, OnnxFile, WrittenNode
 __all__ = ["QuantizedMatrix", "dequantized", "product", "quantized_matrices", "row_ranges", "signed_codes"]
 
 Array = npt.NDArray[Any]
+QMOE = f"{MICROSOFT}QMoE"
 BLOCK_ELEMENTS = 1 << 20  # of a matrix at a time in float64
 
 
@@ -41,7 +42,7 @@ class QuantizedMatrix:
         blocks = -(-self.columns // self.block)
         codes, scales = file.constant(self.codes), file.constant(self.scales)
         size = self.rows * blocks * self.block * self.bits // 8
-        if codes.dtype != np.uint8 or codes.size != size or len(codes) != self.rows:
+        if codes.dtype != np.uint8 or codes.size != size:
             raise BundleError(f"{file.path}: {self.codes}: {codes.dtype} {codes.shape} is not a matrix of {self}")
         if scales.dtype != np.float32 or scales.size != self.rows * blocks:
             raise BundleError(f"{file.path}: {self.scales}: {scales.dtype} {scales.shape} are not scales of {self}")
@@ -52,32 +53,52 @@ class QuantizedMatrix:
 
 
 def quantized_matrices(file: OnnxFile) -> Iterator[tuple[WrittenNode, QuantizedMatrix]]:
-    """Every operator that reads a quantized matrix, in the order of the file."""
+    """Every quantized matrix that an operator reads, in the order of the file; all experts' are one."""
     for node in file.nodes:
-        if node.operator not in (f"{MICROSOFT}MatMulNBits", f"{MICROSOFT}GatherBlockQuantized"):
+        read, zero_points = MATRICES.get(node.operator, (None, ()))
+        if read is None:
             continue
-        if node.input(3):
+        if any(node.input(index) for index in zero_points):
             raise UnsupportedError(f"{file.path}: {node.name}: has zero points, but all schemes are symmetric")
         try:
-            yield node, _matrix(file, node)
+            for matrix in read(file, node):
+                _check_blocks(file, node, matrix)
+                yield node, matrix
         except (IndexError, KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{file.path}: {node.name}: can't be read as a product or a gather: {error!r}") from error
+            raise BundleError(f"{file.path}: {node.name}: its matrices can't be read: {error!r}") from error
 
 
-def _matrix(file: OnnxFile, node: WrittenNode) -> QuantizedMatrix:
-    bits, block = node.attributes["bits"], node.attributes["block_size"]
-    if bits not in (4, 8) or not isinstance(block, int) or block < 16 or block & (block - 1):
+def _check_blocks(file: OnnxFile, node: WrittenNode, matrix: QuantizedMatrix) -> None:
+    bits, block = matrix.bits, matrix.block
+    if not all(isinstance(size, int) and size > 0 for size in (matrix.rows, matrix.columns, block)):
+        raise ValueError(str(matrix))
+    whole_row = node.operator == QMOE and bits == 8 and block == matrix.columns
+    if bits not in (4, 8) or not (whole_row or (block >= 16 and not block & (block - 1))):
         raise UnsupportedError(f"{file.path}: {node.name}: {bits} bits in blocks of {block} are not supported")
-    if node.operator.endswith("MatMulNBits"):
-        rows, columns = node.attributes["N"], node.attributes["K"]
-        level = node.attributes.get("accuracy_level", 0)
-        if not all(isinstance(size, int) and size > 0 for size in (rows, columns)):
-            raise ValueError(f"[{rows}, {columns}]")
-        return QuantizedMatrix(node.input(1), node.input(2), rows, columns, bits, block, level)
+
+
+def _of_product(_file: OnnxFile, node: WrittenNode) -> Iterator[QuantizedMatrix]:
+    stated = node.attributes
+    yield QuantizedMatrix(
+        node.input(1), node.input(2), stated["N"], stated["K"], stated["bits"], stated["block_size"],
+        stated.get("accuracy_level", 0),
+    )  # fmt: skip
+
+
+def _of_gather(file: OnnxFile, node: WrittenNode) -> Iterator[QuantizedMatrix]:
     rows, width = file.constant(node.input(0)).shape
-    return QuantizedMatrix(
-        node.input(0), node.input(2), rows, _kept(file, node.outputs[0], width * 8 // bits), bits, block
-    )
+    bits = node.attributes["bits"]
+    columns = _kept(file, node.outputs[0], width * 8 // bits)
+    yield QuantizedMatrix(node.input(0), node.input(2), rows, columns, bits, node.attributes["block_size"])
+
+
+def _of_experts(file: OnnxFile, node: WrittenNode) -> Iterator[QuantizedMatrix]:
+    bits = node.attributes["expert_weight_bits"]
+    for codes, scales in ((2, 3), (5, 6)):
+        experts, rows, size = file.constant(node.input(codes)).shape
+        columns = size * 8 // bits
+        block = node.attributes.get("block_size", columns)
+        yield QuantizedMatrix(node.input(codes), node.input(scales), experts * rows, columns, bits, block)
 
 
 def _kept(file: OnnxFile, output: str, width: int) -> int:
@@ -119,3 +140,11 @@ def product(x: Array, packed: Array, scales: Array, bits: int) -> npt.NDArray[np
         matrix = dequantized(packed[start:stop], scales[start:stop], bits)
         y[..., start:stop] = x @ matrix[:, : x.shape[-1]].T
     return y
+
+
+# How an operator's matrices are read, and which of its inputs are zero points.
+MATRICES: Mapping[str, tuple[Callable[[OnnxFile, WrittenNode], Iterator[QuantizedMatrix]], tuple[int, ...]]] = {
+    f"{MICROSOFT}GatherBlockQuantized": (_of_gather, (3,)),
+    f"{MICROSOFT}MatMulNBits": (_of_product, (3,)),
+    QMOE: (_of_experts, (11, 12, 13)),
+}

@@ -6,19 +6,18 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from pocketlm_export.backends.base import Entry
-from pocketlm_export.backends.onnx.emit import HEAD_INPUT, MICROSOFT, ROWS_SUFFIX, Emission, tensor_value
+from pocketlm_export.backends.onnx.emission import MICROSOFT, Emission, tensor_value
+from pocketlm_export.backends.onnx.emit import ROWS_SUFFIX, emit
 from pocketlm_export.backends.onnx.layout import Codes, Layout, Matrix, Vector
 from pocketlm_export.graph.graph import SEQUENCE, Graph, LastPositions
 from pocketlm_export.quantization.schemes import SchemeRow
+from pocketlm_export.selection import RowSelection
 
-__all__ = ["Models", "build", "entries", "runtime_floor"]
+__all__ = ["Models", "build", "entries"]
 
 OPSET = 23  # RMSNormalization; the norm that older runtimes have is no ONNX operator
 IR_VERSION = 10
-# The oldest release of ONNX Runtime that was seen to be right on everything else that is emitted: 1.22 refuses the
-# opset and uint8 GatherBlockQuantized.
-FLOOR = (1, 23, 2)
-WINDOW_FLOOR = (1, 24, 1)  # 1.23.2's GroupQueryAttention means another width by local_window_size
+HEAD_INPUT = "hidden_states"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ def build(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> Models:
     decoder = Emission(graph, layout)
     ids = decoder.values[graph.ids] = tensor_value("input_ids", ir.DataType.INT64, (1, SEQUENCE))
     for node in graph:
-        decoder.emit(node)
+        emit(decoder, node)
     hidden = _output(decoder.values[last.x], HEAD_INPUT, (1, SEQUENCE, last.x.width))
     logits = _output(decoder.values[graph.logits], "logits", (1, 1, graph.logits.width))
     presents = [_typed(value, _present_shape(decoder, name)) for name, value in decoder.presents.items()]
@@ -48,7 +47,7 @@ def build(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> Models:
     head = Emission(replace(graph, nodes=graph.nodes[cut + 1 :]), layout)
     states = head.values[last.output] = tensor_value(HEAD_INPUT, ir.DataType.FLOAT, (1, "rows", last.x.width))
     for node in head.graph:
-        head.emit(node)
+        emit(head, node)
     all_logits = _output(head.values[graph.logits], "logits", (1, "rows", graph.logits.width))
     return Models(
         _model(decoder, [ids, decoder.mask, *decoder.caches.values()], [logits, *presents, hidden]),
@@ -89,26 +88,24 @@ def _model(emission: Emission, inputs: list[ir.Value], outputs: list[ir.Value]) 
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="pocketlm")
 
 
-def runtime_floor(models: Models) -> str:
-    """The oldest onnxruntime that is right on what was emitted, as ``1.2.3``."""
-    windows = [node.attributes.get_int("local_window_size", -1) for node in models.decoder.graph]
-    return ".".join(map(str, WINDOW_FLOOR if any(window != -1 for window in windows) else FLOOR))
-
-
 def entries(graph: Graph, layout: Layout) -> dict[str, Entry]:
     """The initializer and the first row there of every weight of ``graph``.
 
-    An untied quantized embedding is only read row by row; a tied one goes by the head's name.
+    Where rows of several weights take turns, an entry is a selection of rows (:mod:`pocketlm_export.selection`) of the
+    initializer. An untied quantized embedding is only read row by row; a tied one goes by the head's name.
     """
     places: dict[str, Entry] = {}
     weights = graph.weights()
     for region in layout.regions:
         match region.content:
-            case Codes(weights=names) | Matrix(weights=names):
+            case Codes(weights=names, alternating=turns) | Matrix(weights=names, alternating=turns):
                 row = 0
-                for name in names:
-                    places[name] = Entry(region.name, row)
-                    row += weights[name].shape[0]
+                for index, name in enumerate(names):
+                    turn = index % turns
+                    entry = RowSelection(turn, turn + 1, turns).of(region.name) if turns > 1 else region.name
+                    size = weights[name].shape[0]
+                    places[name] = Entry(entry, (row - turn * size) // turns)
+                    row += size
             case Vector(parts=parts):
                 row = 0
                 for part, size in parts:

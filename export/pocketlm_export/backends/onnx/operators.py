@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 
 from pocketlm.errors import UnsupportedError
+from pocketlm_export.backends.onnx.experts import experts, quantized_experts, softmax
 from pocketlm_export.backends.onnx.grouped_attention import group_query_attention, rotary_embedding
 from pocketlm_export.backends.onnx.matrices import dequantized, product, row_ranges
 
@@ -204,6 +205,7 @@ OPERATORS: Mapping[str, Callable[..., Results]] = {
     "Shape": shape_of,
     "Sigmoid": sigmoid,
     "Slice": slice_of,
+    "Softmax": softmax,
     "Split": split,
     "Sub": lambda x, y: x - y,
     "Tanh": lambda x: np.tanh(x),
@@ -211,9 +213,17 @@ OPERATORS: Mapping[str, Callable[..., Results]] = {
     "com.microsoft.GatherBlockQuantized": gather_block_quantized,
     "com.microsoft.GroupQueryAttention": group_query_attention,
     "com.microsoft.MatMulNBits": matmul_n_bits,
+    "com.microsoft.MoE": experts,
+    "com.microsoft.QMoE": quantized_experts,
     "com.microsoft.RotaryEmbedding": rotary_embedding,
     "com.microsoft.SkipLayerNormalization": skip_layer_normalization,
     "com.microsoft.SkipSimplifiedLayerNormalization": skip_simplified_layer_normalization,
 }
-# Their first input takes all calls' positions behind one another, so that a matrix is unpacked once.
-WITH_MATRIX = frozenset({"com.microsoft.FusedMatMul", "com.microsoft.MatMulNBits"})
+# The inputs that may hold all calls' positions behind one another, in the last axis but one, so that a matrix is
+# unpacked once.
+WITH_MATRIX: Mapping[str, tuple[int, ...]] = {
+    "com.microsoft.FusedMatMul": (0,),
+    "com.microsoft.MatMulNBits": (0,),
+    "com.microsoft.MoE": (0, 1),
+    "com.microsoft.QMoE": (0, 1, 14),
+}

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pocketlm.errors import BundleError, UnavailableError
 from pocketlm.manifest import Manifest
 from pocketlm_export.backends.onnx.execute import execute
+from pocketlm_export.backends.onnx.experts import MIXTURES
 from pocketlm_export.backends.onnx.facts import check_same_place, facts
 from pocketlm_export.backends.onnx.file import OnnxFile
 from pocketlm_export.backends.onnx.kernels import CALLS, activation_rounding, check_kernels
@@ -27,6 +28,9 @@ from pocketlm_export.backends.reading import (
     Trace,
     WrittenMatrix,
 )
+from pocketlm_export.selection import RowSelection
+
+Rows = slice | npt.NDArray[np.int64]
 
 __all__ = ["OnnxReader", "open_reader"]
 
@@ -54,21 +58,28 @@ class OnnxReader:
         self._matrices = self._read_matrices()
         entries = {name: w.places["onnx"].entry for name, w in manifest.weights.items() if "onnx" in w.places}
         self.round_activations = activation_rounding(self._decoder, self._head, entries)
-        self.notes = (f"kernels: the first {CALLS} calls of each run",) if self.round_activations else ()
+        mixtures = any(node.operator in MIXTURES for node in self._decoder.nodes)
+        self.notes = (
+            *([f"kernels: the first {CALLS} calls of each run"] if self.round_activations else []),
+            *(["kernels: experts are judged at level 3, where their kernels are the shipped ones"] if mixtures else []),
+        )
 
     def rows(self, entry: str, start: int, stop: int) -> WrittenMatrix | npt.NDArray[np.float32]:
-        """Rows of a constant of model.onnx; an int8 matrix whose scales are equal along every row has one group.
+        """Rows of a constant of model.onnx, one of more axes is one matrix below another; an int8 matrix whose scales
+        are equal along every row has one group.
 
         Raises :class:`CheckError` if head.onnx means other bytes by this name.
         """
-        check_same_place(self._decoder, self._head, entry)
-        matrix = self._matrices.get(entry)
+        constant, selection = self._decoder.entry(entry)
+        check_same_place(self._decoder, self._head, constant)
+        rows = slice(start, stop) if selection is None else _row_numbers(selection, start, stop)
+        matrix = self._matrices.get(constant)
         if matrix is not None:
-            return self._matrix_rows(matrix, start, stop)
-        values = self._decoder.constant(entry)
+            return self._matrix_rows(matrix, rows)
+        values = self._decoder.constant(constant)
         if values.dtype != np.float32:
-            raise BundleError(f"{self._decoder.path}: {entry}: {values.dtype} is no float32")
-        return np.array(values[start:stop])
+            raise BundleError(f"{self._decoder.path}: {constant}: {values.dtype} is no float32")
+        return np.array((values if values.ndim <= 2 else values.reshape(-1, values.shape[-1]))[rows])
 
     def facts(self) -> Iterator[Fact]:
         """Attributes of both files, whole tables, sizes; see :func:`pocketlm_export.backends.onnx.facts.facts`."""
@@ -114,14 +125,20 @@ class OnnxReader:
                     raise BundleError(f"{file.path}: {node.name}: reads {matrix.codes} as {matrix}, not as before")
         return found
 
-    def _matrix_rows(self, matrix: QuantizedMatrix, start: int, stop: int) -> WrittenMatrix:
+    def _matrix_rows(self, matrix: QuantizedMatrix, rows: Rows) -> WrittenMatrix:
         packed, scales = matrix.packed(self._decoder)
-        codes = signed_codes(packed[start:stop], matrix.bits)
+        codes = signed_codes(packed[rows], matrix.bits)
         if codes[:, matrix.columns :].any():
             raise BundleError(
                 f"{self._decoder.path}: {matrix.codes}: codes beyond column {matrix.columns} are not zero"
             )
-        groups = np.array(scales[start:stop])
+        groups = np.array(scales[rows])
         if matrix.bits == 8 and (groups == groups[:, :1]).all():
             groups = groups[:, :1]
         return WrittenMatrix(matrix.codes, matrix.bits, codes[:, : matrix.columns], groups)
+
+
+def _row_numbers(selection: RowSelection, start: int, stop: int) -> npt.NDArray[np.int64]:
+    """Where the selected rows ``start..stop`` lie."""
+    period, within = np.divmod(np.arange(start, stop), selection.stop - selection.start)
+    return period * selection.period + selection.start + within

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from pocketlm_export.backends.onnx.layout import Codes, Content, Layout, Matrix, Region, Scales, Table, Vector
 from pocketlm_export.graph.rotary import rotary_tables
+from pocketlm_export.quantization.store import QuantizedTensor
 from pocketlm_export.quantization.weights import Weights
 
 __all__ = ["write_data"]
@@ -41,7 +42,7 @@ def _blocks(content: Content, weights: Weights) -> Blocks:
         case Scales():
             return _scales(content, weights)
         case Matrix():
-            return (values for name in content.weights for _, values in weights.blocks(name))
+            return _matrix(content, weights)
         case Vector():
             return iter([_vector(content, weights)])
         case Table():
@@ -53,20 +54,37 @@ def _codes(content: Codes, weights: Weights) -> Blocks:
     # Flipping the top bit of each code turns two's complement into an offset of 2^(bits-1).
     flip = np.uint8(0x88 if content.bits == 4 else 0x80)
     width = content.shape[1] * content.shape[2]
-    for name in content.weights:
-        tensor = weights.quantized(name)
-        for start, stop in tensor.row_ranges():
-            packed = tensor.packed(start, stop) ^ flip
+    for tensors in _turns(content.weights, content.alternating, weights):
+        for start, stop in tensors[0].row_ranges():
+            packed = _by_turns([tensor.packed(start, stop) for tensor in tensors]) ^ flip
             yield np.pad(packed, ((0, 0), (0, width - packed.shape[1])), constant_values=flip)
 
 
 def _scales(content: Scales, weights: Weights) -> Blocks:
     blocks = content.codes.blocks
-    for name in content.codes.weights:
-        tensor = weights.quantized(name)
-        for start, stop in tensor.row_ranges():
-            scales = tensor.scales(start, stop)
+    for tensors in _turns(content.codes.weights, content.codes.alternating, weights):
+        for start, stop in tensors[0].row_ranges():
+            scales = _by_turns([tensor.scales(start, stop) for tensor in tensors])
             yield np.repeat(scales, blocks // scales.shape[1], axis=1)
+
+
+def _matrix(content: Matrix, weights: Weights) -> Blocks:
+    for names in _groups(content.weights, content.alternating):
+        for parts in zip(*(weights.blocks(name) for name in names), strict=True):
+            yield _by_turns([values for _, values in parts])
+
+
+def _turns(names: tuple[str, ...], alternating: int, weights: Weights) -> Iterator[list[QuantizedTensor]]:
+    return ([weights.quantized(name) for name in group] for group in _groups(names, alternating))
+
+
+def _groups(names: tuple[str, ...], size: int) -> Iterator[tuple[str, ...]]:
+    return (names[start : start + size] for start in range(0, len(names), size))
+
+
+def _by_turns(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """The rows of ``parts``, all of one shape, in turns."""
+    return parts[0] if len(parts) == 1 else np.stack(parts, 1).reshape(-1, parts[0].shape[1])
 
 
 def _vector(content: Vector, weights: Weights) -> npt.NDArray[np.float32]:
