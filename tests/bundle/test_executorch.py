@@ -19,7 +19,7 @@ from pocketlm_export.backends.executorch.memory import ALIGNMENT, Lifetime, plan
 from pocketlm_export.backends.executorch.read import open_reader
 from pocketlm_export.backends.executorch.reading.pte import PteFile
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
-from pocketlm_export.graph.graph import Attention, Linear, RmsNorm
+from pocketlm_export.graph.graph import Activation, Linear, RmsNorm
 from pocketlm_export.graph.rotary import rotary_tables
 from pocketlm_export.options import ExportOptions
 from pocketlm_export.pipeline import export_bundle
@@ -226,9 +226,9 @@ def test_what_the_kernels_cannot_express_is_refused_by_name(tiny_checkpoint):
     graph = build_graph(open_checkpoint(folder).config, 160)
     rows = assign_rows(graph, "int4", "int8")
     backend.check(graph, rows)
-    capped = [dataclasses.replace(node, softcap=30.0) if isinstance(node, Attention) else node for node in graph]
-    with pytest.raises(UnsupportedError, match="soft cap 30"):
-        backend.check(dataclasses.replace(graph, nodes=tuple(capped)), rows)
+    unknown = [dataclasses.replace(node, kind="mish") if isinstance(node, Activation) else node for node in graph]
+    with pytest.raises(UnsupportedError, match="activation 'mish'"):
+        backend.check(dataclasses.replace(graph, nodes=tuple(unknown)), rows)
     grouped = SchemeRow("int8", 8, 32, "absmax")
     with pytest.raises(UnsupportedError, match=r"o_proj.*groups of 32"):
         backend.check(graph, rows | {"model.layers.0.self_attn.o_proj.weight": grouped})

@@ -14,7 +14,7 @@ import numpy as np
 
 from pocketlm.manifest import Manifest
 from pocketlm_export.backends.executorch.importing import schema
-from pocketlm_export.backends.executorch.reading.execution import attention_steps
+from pocketlm_export.backends.executorch.reading.attention import layer_attentions
 from pocketlm_export.backends.executorch.reading.facts import rotary_constants
 from pocketlm_export.backends.executorch.reading.kernels import UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
@@ -48,7 +48,8 @@ def delegate_of(file: PteFile, value: int) -> DelegateStep:
 
 def updates(file: PteFile, layer: int) -> list[KernelStep]:
     """The two that write into the layer's caches."""
-    caches = attention_steps(file)[layer].arguments[1:3]
+    attention = layer_attentions(file)[layer]
+    caches = attention.keys, attention.values
     return [
         step
         for step in file.steps
@@ -57,12 +58,12 @@ def updates(file: PteFile, layer: int) -> list[KernelStep]:
 
 
 def rotated(file: PteFile, layer: int) -> tuple[int, int, int] | None:
-    return rotary_constants(file, attention_steps(file)[layer].arguments[0])
+    return rotary_constants(file, layer_attentions(file)[layer].query)
 
 
 def table_arguments(file: PteFile, layer: int) -> tuple[DelegateStep, list[int]]:
     """The delegate that rotates the layer's queries and keys, and which of its arguments are rows of the tables."""
-    step = delegate_of(file, attention_steps(file)[layer].arguments[0])
+    step = delegate_of(file, layer_attentions(file)[layer].query)
     constants = set(rotated(file, layer)[:2])
     sources = {
         value: file.tensor(file.producers[value].arguments[0]).data_buffer_idx
@@ -125,7 +126,7 @@ def shift_position(path: Path, place: Place) -> None:
     """The layer's cache is written one row further on; or read so, where no mask says what is seen."""
     rewriting = Rewriting(path)
     file = rewriting.file
-    attention = attention_steps(file)[place.layer]
+    attention = layer_attentions(file)[place.layer].step
     steps = updates(file, place.layer) if place.part == "cache" else [attention]
     slot = 2 if place.part == "cache" else 3
     shifted, one = rewriting.value(schema.Int(0)), rewriting.value(schema.Int(1))
@@ -181,7 +182,7 @@ def skip_layer(path: Path, place: Place) -> None:
     """What comes out of the layer is what went in; its caches are still written."""
     rewriting = Rewriting(path)
     file = rewriting.file
-    mixed = attention_steps(file)[place.layer].result
+    mixed = layer_attentions(file)[place.layer].result
     step = next(step for step in file.steps if isinstance(step, DelegateStep) and mixed in step.inputs)
     payload = file.delegates[step.index]
     sums = [node for node in payload.nodes if node.kind == "Add" and len(payload.values[node.output].shape) == 3]
@@ -199,7 +200,7 @@ def skip_layer(path: Path, place: Place) -> None:
 def ignore_window(path: Path, place: Place) -> None:
     """Every key up to the query is seen."""
     rewriting = Rewriting(path)
-    step = attention_steps(rewriting.file)[place.layer]
+    step = layer_attentions(rewriting.file)[place.layer].step
     call = rewriting.call(step)
     call.args[4], call.args[6] = rewriting.value(schema.Null()), rewriting.value(schema.Bool(True))
     rewriting.save()
@@ -208,7 +209,7 @@ def ignore_window(path: Path, place: Place) -> None:
 def widen_window(path: Path, place: Place) -> None:
     """One key more is seen."""
     rewriting = Rewriting(path)
-    step = attention_steps(rewriting.file)[place.layer]
+    step = layer_attentions(rewriting.file)[place.layer].step
 
     def widened(values: np.ndarray) -> np.ndarray:
         values[:, :-1] = np.maximum(values[:, :-1], values[:, 1:])
@@ -222,7 +223,7 @@ def widen_window(path: Path, place: Place) -> None:
 def reverse_kv_heads(path: Path, place: Place) -> None:
     """The heads' rows of a layer's keys and values, with their scales and biases, in reverse."""
     file = PteFile(path)
-    heads = file.shape(attention_steps(file)[place.layer].arguments[1])[2]
+    heads = file.shape(layer_attentions(file)[place.layer].keys)[2]
     for entry, start, stop in place.rows:
         payload, number = reader_of(file, entry)
         parts = [stored_codes(file, entry)]
@@ -270,7 +271,7 @@ def rotated_layers(file: PteFile, manifest: Manifest) -> list[Place]:
 
 
 def windowed(file: PteFile, layer: int) -> bool:
-    return not isinstance(file.forward.values[attention_steps(file)[layer].arguments[4]].val, schema.Null)
+    return layer_attentions(file)[layer].mask is not None
 
 
 def windowed_layers(file: PteFile, manifest: Manifest) -> list[Place]:

@@ -243,7 +243,7 @@ def changed_graph(rewriting: Rewriting, change: str) -> None:
         case "flags":
             linear["xnode_union"]["flags"] = 1
         case "a node":
-            add["xnode_union_type"] = "XNNMaximum"
+            add["xnode_union_type"] = "XNNPReLU"
         case "a float32 input":
             number = linear["xnode_union"]["input1_id"]
             convert = next(item["xnode_union"] for item in nodes if item["xnode_union"]["output_id"] == number)
@@ -261,7 +261,7 @@ def changed_graph(rewriting: Rewriting, change: str) -> None:
     [
         ("a clamp", "Add that clamps its output"),
         ("flags", "FullyConnected with flags 1"),
-        ("a node", "node Maximum"),
+        ("a node", "node PReLU"),
         ("a float32 input", "FullyConnected of fp32, qbint4"),
         ("a datatype", "is fp16"),
         ("an order", "before it is made"),

@@ -16,7 +16,7 @@ from pocketlm_export.backends.executorch.xnnpack import XnnpackGraph
 from pocketlm_export.graph.graph import SEQUENCE, Graph, Value, WeightInfo
 from pocketlm_export.graph.rotary import Rotary, rotary_tables
 
-__all__ = ["Emission", "Emitter", "OpenDelegate", "Table"]
+__all__ = ["Emission", "Emitter", "OpenDelegate", "Shape", "Table"]
 
 Shape = tuple[int, ...]
 
@@ -76,7 +76,7 @@ class Emitter:
         method.kernel("aten::select_copy.int_out", [position, method.scalar(0), method.scalar(0)], first)
         self.start = method.kernel("aten::_local_scalar_dense", [first], method.integer())
         self.length = method.kernel("aten::sym_size.int", [ids, method.scalar(1)], method.integer())
-        self.stop = self.add_integers(self.start, self.length)
+        self.stop = self.integer("add", self.start, self.length)
 
     # The method
 
@@ -84,9 +84,9 @@ class Emitter:
         """The bounds of ``value``."""
         return tuple(self.longest_call if size == SEQUENCE else int(size) for size in value.shape)
 
-    def add_integers(self, left: int, right: int) -> int:
-        """The sum of two integers of the method."""
-        return self.method.kernel("executorch_prim::add.Scalar", [left, right], self.method.integer())
+    def integer(self, operation: str, left: int, right: int) -> int:
+        """``add``, ``sub`` or ``mod`` of two integers of the method."""
+        return self.method.kernel(f"executorch_prim::{operation}.Scalar", [left, right], self.method.integer())
 
     def slice(self, x: int, dimension: int, start: int, stop: int, shape: Shape) -> int:
         """Positions ``start..stop``, integers of the method, along ``dimension``."""
@@ -105,16 +105,24 @@ class Emitter:
             self._shared[key] = make()
         return self._shared[key]
 
-    def vector(self, weight: WeightInfo, offset: float = 0.0) -> int:
+    def vector(self, weight: WeightInfo) -> int:
         """A vector as a constant of the program."""
 
         def make() -> int:
-            piece = self.packing.vectors([(weight.name, weight.shape[0])], offset)
+            piece = self.packing.vectors([(weight.name, weight.shape[0])])
             constant = self.method.constant(weight.shape, ScalarType.FLOAT, piece)
             self.entries[weight.name] = Entry(f"constant/{self.method.buffer_index(constant)}")
             return constant
 
-        return self.once(("vector", weight.name, offset), make)
+        return self.once(("vector", weight.name), make)
+
+    def number(self, value: float) -> int:
+        """A float32 ``[1]`` as a constant of the program."""
+
+        def make() -> int:
+            return self.method.constant((1,), ScalarType.FLOAT, array_piece(lambda: np.array([value], np.float32), 4))
+
+        return self.once(("number", float(np.float32(value))), make)
 
     def rotary(self, rotary: Rotary, head_dim: int) -> tuple[int, int]:
         """Rows of the two tables at the positions of the call: cosine, and sine with the sign of its half."""
@@ -139,31 +147,6 @@ class Emitter:
             return rows[0], rows[1]
 
         return self.once(("rotary", rotary, head_dim), make)
-
-    def mask(self, window: int) -> int:
-        """Scores' addend float32 [S, context]: 0 where query i sees key j, minus infinity elsewhere.
-
-        Only i - j matters, so a table of [longest call, 2 * context] serves all positions: its columns are shifted by
-        the first position.
-        """
-
-        def make() -> int:
-            context, longest = self.graph.context_length, self.longest_call
-
-            def table() -> np.ndarray[Any, Any]:
-                distance = np.arange(longest)[:, None] - (np.arange(2 * context)[None, :] - context)
-                return np.where((distance >= 0) & (distance < window), 0, -np.inf).astype(np.float32)
-
-            scalar = self.method.scalar
-            piece = array_piece(table, 8 * longest * context)
-            constant = self.method.constant((longest, 2 * context), ScalarType.FLOAT, piece)
-            rows = self.slice(constant, 0, scalar(0), self.length, (longest, 2 * context))
-            first = self.method.integer()
-            self.method.kernel("executorch_prim::sub.Scalar", [scalar(context), self.start], first)
-            last = self.add_integers(first, scalar(context))
-            return self.slice(rows, 1, first, last, (longest, context))
-
-        return self.once(("mask", window), make)
 
     # The open delegate
 
@@ -194,18 +177,34 @@ class Emitter:
         self.named.append(NamedConstant(description, parts, placeholder))
         return self.named[-1]
 
-    def mean_and_epsilon(self, width: int, epsilon: float) -> tuple[int, int]:
-        """A filter of 1/width and a bias of epsilon: XNNPACK's schema has no mean."""
+    def mean(self, x: int, epsilon: float | None = None) -> int:
+        """mean(x) + epsilon over the last axis, with a filter of 1/width: XNNPACK's schema has no mean."""
 
         def filled(length: int, value: float) -> NamedConstant:
             piece = array_piece(lambda: np.full(length, value, np.float32), 4 * length)
             return self.once(("filled", length, value), lambda: self.name(f"float32 [{length}] {value}", piece))
 
-        graph = self.open.graph
-        return graph.constant((1, width), filled(width, 1 / width)), graph.constant((1,), filled(1, epsilon))
+        graph, width = self.open.graph, self.open.graph.shape(x)[-1]
+        bias = None if epsilon is None else graph.constant((1,), filled(1, epsilon))
+        return graph.fully_connected(x, graph.constant((1, width), filled(width, 1 / width)), bias)
 
-    def normalize(self, x: int, epsilon: float) -> int:
-        """x / sqrt(mean(x^2) + epsilon) over the last axis."""
+    def with_number(self, kind: str, x: int, value: float, output: int | None = None) -> int:
+        """The binary operation ``kind`` of ``x`` and a number."""
+        return self.open.graph.binary(kind, x, self.read_constant(self.number(value), (1,)), output)
+
+    def center(self, x: int) -> int:
+        """x - mean(x) over the last axis."""
         graph = self.open.graph
-        mean = graph.fully_connected(graph.unary("Square", x), *self.mean_and_epsilon(graph.shape(x)[-1], epsilon))
-        return graph.multiply(x, graph.unary("ReciprocalSquareRoot", mean))
+        return graph.binary("Subtract", x, self.mean(x))
+
+    def normalize(
+        self, x: int, epsilon: float, weight: WeightInfo, offset: float = 0.0, output: int | None = None
+    ) -> int:
+        """x / sqrt(mean(x^2) + epsilon) * (weight + offset) over the last axis."""
+        graph = self.open.graph
+        root = graph.unary("ReciprocalSquareRoot", self.mean(graph.unary("Square", x), epsilon))
+        normal = graph.binary("Multiply", x, root)
+        factors = self.read_constant(self.vector(weight), weight.shape)
+        if offset:
+            factors = self.with_number("Add", factors, offset)
+        return graph.binary("Multiply", normal, factors, output)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pocketlm_export.backends.base import Entry
+from pocketlm_export.backends.executorch.attention import emit_attention
 from pocketlm_export.backends.executorch.emission import Emission, Emitter, OpenDelegate, Table
 from pocketlm_export.backends.executorch.importing import ScalarType
 from pocketlm_export.backends.executorch.layout import NamedConstant
@@ -15,12 +16,15 @@ from pocketlm_export.backends.executorch.xnnpack import XnnpackGraph
 from pocketlm_export.graph.graph import (
     Activation,
     Add,
+    Clamp,
     Embedding,
     Graph,
     LastPositions,
+    LayerNorm,
     Linear,
     Multiply,
     RmsNorm,
+    Scale,
     WeightInfo,
 )
 from pocketlm_export.graph.rotary import Rotary
@@ -72,21 +76,6 @@ def _embedding(emitter: Emitter, node: Embedding) -> None:
             result,
         )
     emitter.entries[name] = Entry(f"constant/{method.buffer_index(weight)}")
-
-
-def _cached_attention(emitter: Emitter, node: CachedAttention) -> None:
-    method, scalar = emitter.method, emitter.method.scalar
-    unused = emitter.once("unused", lambda: method.activation((1,)))  # update_cache's result, which nobody needs
-    caches = []
-    for value in (node.key, node.value):
-        _, _, heads, head_dim = emitter.shape(value)
-        cache = method.cache((1, emitter.graph.context_length, heads, head_dim))
-        method.kernel("llama::update_cache.out", [emitter.tensors[value], cache, emitter.start], unused)
-        caches.append(cache)
-    mask = scalar(None) if node.window is None else emitter.mask(node.window)
-    rest = [scalar(0.0), scalar(node.window is None), scalar(float(node.scale))]
-    arguments = [emitter.tensors[node.query], *caches, emitter.start, mask, *rest]
-    method.kernel("llama::custom_sdpa.out", arguments, emitter.make(node.output))
 
 
 def _last_positions(emitter: Emitter, node: LastPositions) -> None:
@@ -173,32 +162,68 @@ def _enter(emitter: Emitter, weights: Sequence[WeightInfo], constant: NamedConst
 
 
 def _rms_norm(emitter: Emitter, node: RmsNorm) -> None:
-    graph = emitter.open.graph
-    normalized = emitter.normalize(emitter.read(node.x), node.epsilon)
-    weight = emitter.read_constant(emitter.vector(node.weight, node.offset), node.weight.shape)
-    emitter.open.values[node.output] = graph.multiply(normalized, weight, emitter.output(node.output))
+    x, result = emitter.read(node.x), emitter.output(node.output)
+    emitter.open.values[node.output] = emitter.normalize(x, node.epsilon, node.weight, node.offset, result)
+
+
+def _layer_norm(emitter: Emitter, node: LayerNorm) -> None:
+    centered, result = emitter.center(emitter.read(node.x)), emitter.output(node.output)
+    if node.bias is None:
+        emitter.open.values[node.output] = emitter.normalize(centered, node.epsilon, node.weight, output=result)
+        return
+    normal = emitter.normalize(centered, node.epsilon, node.weight)
+    bias = emitter.read_constant(emitter.vector(node.bias), node.bias.shape)
+    emitter.open.values[node.output] = emitter.open.graph.binary("Add", normal, bias, result)
 
 
 def _add(emitter: Emitter, node: Add) -> None:
-    left, right = emitter.read(node.left), emitter.read(node.right)
-    emitter.open.values[node.output] = emitter.open.graph.add(left, right, emitter.output(node.output))
+    _binary(emitter, "Add", node)
 
 
 def _multiply(emitter: Emitter, node: Multiply) -> None:
+    _binary(emitter, "Multiply", node)
+
+
+def _binary(emitter: Emitter, kind: str, node: Add | Multiply) -> None:
     left, right = emitter.read(node.left), emitter.read(node.right)
-    emitter.open.values[node.output] = emitter.open.graph.multiply(left, right, emitter.output(node.output))
+    emitter.open.values[node.output] = emitter.open.graph.binary(kind, left, right, emitter.output(node.output))
+
+
+def _scale(emitter: Emitter, node: Scale) -> None:
+    x, result = emitter.read(node.x), emitter.output(node.output)
+    emitter.open.values[node.output] = emitter.with_number("Multiply", x, node.factor, result)
+
+
+def _clamp(emitter: Emitter, node: Clamp) -> None:
+    """Not XNNPACK's clamp: its bounds must be two, and infinity is none that its schema's JSON can hold."""
+    x, result = emitter.read(node.x), emitter.output(node.output)
+    if node.least is not None:
+        x = emitter.with_number("Maximum", x, node.least, result if node.most is None else None)
+    if node.most is not None:
+        x = emitter.with_number("Minimum", x, node.most, result)
+    emitter.open.values[node.output] = x
 
 
 UNARY = {"gelu": "Gelu", "tanh": "Tanh", "sigmoid": "Sigmoid"}
+# gelu_tanh(x) = x sigmoid(2 sqrt(2/pi) x (1 + 0.044715 x^2)) = x sigmoid(A x (B + (C x)^2)), with float32 values whose
+# products A B and A C^2 are right to 2e-11. XNNPACK's own gelu is the one with erf.
+GELU_A, GELU_B, GELU_C = 1.5861966609954834, 1.0060348510742188, 0.21209631860256195
 
 
 def _activation(emitter: Emitter, node: Activation) -> None:
     graph, x = emitter.open.graph, emitter.read(node.x)
     result = emitter.output(node.output)
-    if node.kind == "silu":
-        emitter.open.values[node.output] = graph.multiply(x, graph.unary("Sigmoid", x), result)
-    else:
-        emitter.open.values[node.output] = graph.unary(UNARY[node.kind], x, result)
+    match node.kind:
+        case "silu":
+            made = graph.binary("Multiply", x, graph.unary("Sigmoid", x), result)
+        case "gelu_tanh":
+            squared = graph.unary("Square", emitter.with_number("Multiply", x, GELU_C))
+            cubic = emitter.with_number("Add", squared, GELU_B)
+            inner = graph.binary("Multiply", emitter.with_number("Multiply", x, GELU_A), cubic)
+            made = graph.binary("Multiply", x, graph.unary("Sigmoid", inner), result)
+        case kind:
+            made = graph.unary(UNARY[kind], x, result)
+    emitter.open.values[node.output] = made
 
 
 def _split_heads(emitter: Emitter, node: SplitHeads) -> None:
@@ -206,8 +231,8 @@ def _split_heads(emitter: Emitter, node: SplitHeads) -> None:
     result, inner = emitter.output(node.output), (node.heads, node.head_dim)
     steps: list[Callable[[int, int | None], int]] = [lambda x, out: graph.reshape(x, inner, out)]
     if node.norm is not None:
-        weight = emitter.read_constant(emitter.vector(node.norm), node.norm.shape)
-        steps.append(lambda x, out: graph.multiply(emitter.normalize(x, node.norm_epsilon), weight, out))
+        norm = node.norm
+        steps.append(lambda x, out: emitter.normalize(x, node.norm_epsilon, norm, node.norm_offset, out))
     if node.rotary is not None:
         rotary = node.rotary
         steps.append(lambda x, out: _rotate(emitter, x, rotary, out))
@@ -225,8 +250,8 @@ def _rotate(emitter: Emitter, x: int, rotary: Rotary, output: int | None) -> int
     parts = [graph.slice_last(x, half, half), graph.slice_last(x, 0, half)]
     if head_dim > 2 * half:
         parts.append(graph.slice_last(x, 2 * half, head_dim - 2 * half))
-    turned = graph.concatenate_last(parts)
-    return graph.add(graph.multiply(x, cosine), graph.multiply(turned, sine), output)
+    turned = graph.binary("Multiply", graph.concatenate_last(parts), sine)
+    return graph.binary("Add", graph.binary("Multiply", x, cosine), turned, output)
 
 
 def _merge_heads(emitter: Emitter, node: MergeHeads) -> None:
@@ -236,12 +261,15 @@ def _merge_heads(emitter: Emitter, node: MergeHeads) -> None:
 
 EMITTERS: Mapping[type, Callable[[Emitter, Any], None]] = {
     Embedding: _embedding,
-    CachedAttention: _cached_attention,
+    CachedAttention: emit_attention,
     LastPositions: _last_positions,
     Linear: _linear,
     RmsNorm: _rms_norm,
+    LayerNorm: _layer_norm,
     Add: _add,
     Multiply: _multiply,
+    Scale: _scale,
+    Clamp: _clamp,
     Activation: _activation,
     SplitHeads: _split_heads,
     MergeHeads: _merge_heads,

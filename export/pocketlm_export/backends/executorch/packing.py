@@ -105,15 +105,15 @@ class Packing:
 
         return Piece(4 * sum(int(np.prod(self.weights.shape(name))) for name in names), blocks)
 
-    def vectors(self, parts: Sequence[tuple[str | None, int]], offset: float = 0.0) -> Piece:
-        """Vectors end to end, each of a name and a length, plus ``offset``; zeros where there is no name."""
+    def vectors(self, parts: Sequence[tuple[str | None, int]]) -> Piece:
+        """Vectors end to end, each of a name and a length; zeros where there is no name."""
 
         def blocks() -> Iterator[Array]:
             for name, length in parts:
                 if name is None:
                     yield np.zeros(length, np.float32)
                 else:
-                    yield self.weights.values(name) + np.float32(offset)
+                    yield self.weights.values(name)
                     self.progress(name, length)
 
         return Piece(4 * sum(length for _, length in parts), blocks)

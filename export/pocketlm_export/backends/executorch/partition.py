@@ -12,12 +12,16 @@ from pocketlm_export.graph.graph import (
     Activation,
     Add,
     Attention,
+    BlockSparsity,
+    Clamp,
     Embedding,
     Graph,
     LastPositions,
+    LayerNorm,
     Linear,
     Multiply,
     RmsNorm,
+    Scale,
     Value,
     WeightInfo,
     outputs_of,
@@ -36,6 +40,7 @@ class SplitHeads:
     head_dim: int
     norm: WeightInfo | None
     norm_epsilon: float
+    norm_offset: float
     rotary: Rotary | None
     output: Value
 
@@ -58,10 +63,12 @@ class CachedAttention:
     value: Value
     scale: float
     window: int | None
+    softcap: float | None
+    sparsity: BlockSparsity | None
     output: Value
 
 
-Delegated = Linear | RmsNorm | Add | Multiply | Activation | SplitHeads | MergeHeads
+Delegated = Linear | RmsNorm | LayerNorm | Add | Multiply | Scale | Clamp | Activation | SplitHeads | MergeHeads
 Kernel = Embedding | CachedAttention | LastPositions
 
 
@@ -110,13 +117,13 @@ def _without_whole_attention(graph: Graph) -> Iterator[Delegated | Kernel]:
         ):
             wide[value] = Value(f"{value.name}_heads", (1, SEQUENCE, heads, node.head_dim))
             yield SplitHeads(
-                x=value, heads=heads, head_dim=node.head_dim, norm=norm, norm_epsilon=node.norm_epsilon, rotary=rotary,
-                output=wide[value],
+                x=value, heads=heads, head_dim=node.head_dim, norm=norm, norm_epsilon=node.norm_epsilon,
+                norm_offset=node.norm_offset, rotary=rotary, output=wide[value],
             )  # fmt: skip
         mixed = Value(f"{node.output.name}_heads", (1, SEQUENCE, node.heads, node.head_dim))
         yield CachedAttention(
             layer=node.layer, query=wide[node.query], key=wide[node.key], value=wide[node.value],
-            scale=node.scale, window=node.window, output=mixed,
+            scale=node.scale, window=node.window, softcap=node.softcap, sparsity=node.sparsity, output=mixed,
         )  # fmt: skip
         yield MergeHeads(x=mixed, output=node.output)
 

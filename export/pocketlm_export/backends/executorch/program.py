@@ -80,9 +80,10 @@ class MethodBuilder:
         return result
 
     def delegate(self, graph: XnnpackGraph, arguments: Sequence[int]) -> None:
-        """Call a delegate with its inputs, then its outputs."""
-        self.delegates.append(graph)
-        call = schema.DelegateCall(delegate_index=len(self.delegates) - 1, args=list(arguments))
+        """Call a delegate with its inputs, then its outputs; a graph that is called again is one delegate."""
+        if graph not in self.delegates:
+            self.delegates.append(graph)
+        call = schema.DelegateCall(delegate_index=self.delegates.index(graph), args=list(arguments))
         self._instructions.append(schema.Instruction(call))
 
     def finish(self, name: str, output: int, delegate_segments: Sequence[int]) -> schema.ExecutionPlan:

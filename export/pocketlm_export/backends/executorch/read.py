@@ -11,7 +11,8 @@ import numpy.typing as npt
 from pocketlm.errors import BundleError
 from pocketlm.manifest import Manifest
 from pocketlm_export.backends.executorch.reading.arena import check_memory_plan
-from pocketlm_export.backends.executorch.reading.execution import DelegateCall, attention_steps, execute
+from pocketlm_export.backends.executorch.reading.attention import layer_attentions
+from pocketlm_export.backends.executorch.reading.execution import DelegateCall, execute
 from pocketlm_export.backends.executorch.reading.facts import stated_facts
 from pocketlm_export.backends.executorch.reading.int8 import round_rows
 from pocketlm_export.backends.executorch.reading.kernels import check_kernels
@@ -50,6 +51,10 @@ def open_reader(path: Path, manifest: Manifest) -> "ExecuTorchReader":  # noqa: 
     return ExecuTorchReader(PteFile(path))
 
 
+def _float32(value: float) -> float:
+    return float(np.float32(value))
+
+
 class ExecuTorchReader:
     """A :class:`pocketlm_export.backends.reading.Reader` of ``file``.
 
@@ -59,8 +64,10 @@ class ExecuTorchReader:
     stored = StoredConstants(
         table=np.float32,
         value=np.float32,
-        epsilon=lambda epsilon: float(np.float32(epsilon)),
-        reciprocal=lambda width: float(np.float32(1 / width)),
+        epsilon=_float32,
+        scale=_float32,
+        reciprocal=lambda width: _float32(1 / width),
+        constant=_float32,
     )
     unstated: frozenset[str] = frozenset()
 
@@ -69,7 +76,7 @@ class ExecuTorchReader:
         check_kernels(file)
         for index, payload in enumerate(file.delegates):
             check_nodes(payload, f"{file.path}: delegate {index}")
-        attention_steps(file)
+        layer_attentions(file)
         planned = check_memory_plan(file)
         self._whole = _linear_weights(file) <= whole_limit
         self._quantized = any(payload.is_quantized(node) for payload in file.delegates for node in payload.nodes)

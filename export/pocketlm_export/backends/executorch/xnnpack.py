@@ -5,7 +5,7 @@ dimension that changes. Only what XNNPACK packs (filters, their scales and biase
 other constant is an input, because with a weight cache XNNPACK frees the constants once they are packed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pocketlm_export.backends.executorch.importing import serialize_xnnpack_binary
@@ -83,13 +83,30 @@ class XnnpackGraph:
         self._node(schema.XNNFullyConnected(input1_id=x, filter_id=weight, bias_id=bias_id, output_id=made, flags=0))
         return made
 
-    def add(self, left: int, right: int, output: int | None = None) -> int:
-        """Broadcast sum."""
-        return self._binary(schema.XNNAdd, left, right, output)
+    def binary(self, kind: str, left: int, right: int, output: int | None = None) -> int:
+        """``kind``: the schema's name of an operation of two broadcast inputs, without ``XNN``."""
+        a, b = self.shape(left), self.shape(right)
+        length = max(len(a), len(b))
+        wide = zip((1,) * (length - len(a)) + a, (1,) * (length - len(b)) + b, strict=True)
+        made = self._result(tuple(max(pair) for pair in wide), output)
+        self._node(getattr(schema, f"XNN{kind}")(input1_id=left, input2_id=right, output_id=made, flags=0))
+        return made
 
-    def multiply(self, left: int, right: int, output: int | None = None) -> int:
-        """Broadcast product."""
-        return self._binary(schema.XNNMultiply, left, right, output)
+    def matrix_multiply(self, left: int, right: int, output: int | None = None) -> int:
+        """``[..., M, K] @ [..., K, N]``, their other dimensions alike or 1."""
+        a, b = self.shape(left), self.shape(right)
+        batch = tuple(max(pair) for pair in zip(a[:-2], b[:-2], strict=True))
+        made = self._result((*batch, a[-2], b[-1]), output)
+        self._node(schema.XNNBatchMatrixMultiply(input1_id=left, input2_id=right, output_id=made, flags=0))
+        return made
+
+    def transpose(self, x: int, order: Sequence[int], output: int | None = None) -> int:
+        """Dimension ``i`` of the result is dimension ``order[i]`` of ``x``."""
+        made = self._result(tuple(self.shape(x)[dimension] for dimension in order), output)
+        self._node(
+            schema.XNNStaticTranspose(num_dims=len(order), perm=list(order), input_id=x, output_id=made, flags=0)
+        )
+        return made
 
     def unary(self, kind: str, x: int, output: int | None = None) -> int:
         """``kind``: the schema's name of an operation of one input, without ``XNN``."""
@@ -167,11 +184,3 @@ class XnnpackGraph:
 
     def _node(self, node: schema.XNodeUnion) -> None:
         self._nodes.append(schema.XNode(xnode_union=node, debug_handle=len(self._nodes)))
-
-    def _binary(self, kind: Callable[..., schema.XNodeUnion], left: int, right: int, output: int | None) -> int:
-        a, b = self.shape(left), self.shape(right)
-        length = max(len(a), len(b))
-        wide = zip((1,) * (length - len(a)) + a, (1,) * (length - len(b)) + b, strict=True)
-        made = self._result(tuple(max(pair) for pair in wide), output)
-        self._node(kind(input1_id=left, input2_id=right, output_id=made, flags=0))
-        return made

@@ -4,7 +4,6 @@ Valid because the tokens are given: a call needs in each layer what the layer be
 caches that earlier calls of its run wrote. Each weight is unpacked once, by blocks of rows.
 """
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +13,16 @@ import numpy.typing as npt
 
 from pocketlm.errors import BundleError
 from pocketlm_export.backends.executorch.importing import schema
-from pocketlm_export.backends.executorch.reading.kernels import ATTENTION, KERNELS, UPDATE_CACHE, attend
+from pocketlm_export.backends.executorch.reading.attention import LayerAttention, layer_attentions
+from pocketlm_export.backends.executorch.reading.caches import CacheRows, WrittenCache
+from pocketlm_export.backends.executorch.reading.kernels import ATTENTION, KERNELS, SLICE, UPDATE_CACHE, attend
 from pocketlm_export.backends.executorch.reading.matrices import embedding_table, filter_matrix, row_blocks
 from pocketlm_export.backends.executorch.reading.nodes import compute
 from pocketlm_export.backends.executorch.reading.payload import Payload, PayloadNode
 from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
 from pocketlm_export.backends.reading import Call, Run, Trace
 
-__all__ = ["DelegateCall", "attention_steps", "execute"]
-
-LARGEST_CACHE = 1 << 30  # elements
+__all__ = ["DelegateCall", "execute"]
 
 Array = npt.NDArray[Any]
 
@@ -39,18 +38,18 @@ class DelegateCall:
 
 @dataclass(slots=True)
 class _CallState:
-    """The values of one call by index; ``updates``: for each cache the first position and the rows to write there."""
+    """The values of one call by index."""
 
     call: Call
     observed: bool
     values: dict[int, Any]
-    updates: dict[int, tuple[int, Array]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _RunState:
     run: Run
     calls: list[_CallState]
+    caches: dict[int, WrittenCache] = field(default_factory=dict)
     trace: Trace = field(default_factory=Trace)
 
 
@@ -59,27 +58,34 @@ def execute(
 ) -> tuple[list[Trace], list[DelegateCall]]:
     """Traces of ``runs``, and what delegates read and made in the calls ``observed`` (index of the run, of the call).
 
-    The file must have passed :func:`attention_steps`, ``check_kernels`` and ``check_nodes``.
+    The file must have passed ``layer_attentions``, ``check_kernels`` and ``check_nodes``.
     """
+    attentions = layer_attentions(file)
+    layers = {attention.step: layer for layer, attention in enumerate(attentions)}
+    caches = {cache: (layer, part) for layer, attention in enumerate(attentions)
+              for part, cache in enumerate((attention.keys, attention.values))}  # fmt: skip
     states = [_begin(file, index, run, observed) for index, run in enumerate(runs)]
     calls = [call for state in states for call in state.calls]
     delegate_calls: list[DelegateCall] = []
     last_uses = _last_uses(file)
-    layer = 0
     for step, unneeded in zip(file.steps, last_uses, strict=True):
         if isinstance(step, DelegateStep):
             delegate_calls += _run_delegate(file, step, calls)
             file.release()
         elif step.operator == UPDATE_CACHE:
-            value, cache, position = step.arguments
-            for call in calls:
-                call.updates[cache] = _value(file, call, position), _value(file, call, value)
+            for state in states:
+                _write(file, step, state, *caches[step.arguments[1]])
         elif step.operator == ATTENTION:
             for state in states:
-                _attend(file, step, layer, state)
-            layer += 1
+                _attend(file, step, state)
+        elif step.operator == SLICE and step.arguments[0] in caches:
+            for state in states:
+                _take_rows(file, step, state)
         else:
             _run_kernel(file, step, calls)
+        if step in layers:
+            for state in states:
+                _trace(state, attentions[layers[step]])
         for call in calls:
             for index in unneeded:
                 call.values.pop(index, None)
@@ -87,45 +93,6 @@ def execute(
     for state in states:
         state.trace.logits = [call.values[output][0, -call.call.rows :] for call in state.calls]
     return [state.trace for state in states], delegate_calls
-
-
-def attention_steps(file: PteFile) -> list[KernelStep]:
-    """The attention of each layer. Raises :class:`BundleError` unless every cache is written once, then read once by
-    attention and by nothing else: only then can calls go in lockstep."""
-    written: set[int] = set()
-    attentions = []
-    for step in file.steps:
-        if isinstance(step, KernelStep) and step.operator == UPDATE_CACHE:
-            value, cache, _ = step.arguments
-            if cache in written or file.tensor(cache).allocation_info is None or len(file.shape(cache)) != 4:
-                raise BundleError(f"{file.path}: value {cache} is written twice, or is no cache")
-            if file.shape(value)[2:] != file.shape(cache)[2:]:
-                raise BundleError(f"{file.path}: rows {file.shape(value)} into a cache {file.shape(cache)}")
-            written.add(cache)
-        elif isinstance(step, KernelStep) and step.operator == ATTENTION:
-            query, keys, values, *_ = step.arguments
-            if not {keys, values} <= written:
-                raise BundleError(f"{file.path}: attention over caches {keys} and {values} that nothing has written")
-            if file.shape(keys) != file.shape(values) or len(file.shape(query)) != 4:
-                raise BundleError(f"{file.path}: caches {file.shape(keys)} and {file.shape(values)} of one layer")
-            _, _, heads, head_dim = file.shape(query)
-            _, _, kv_heads, cached_dim = file.shape(keys)
-            if (
-                kv_heads == 0
-                or heads % kv_heads
-                or head_dim != cached_dim
-                or math.prod(file.shape(keys)) > LARGEST_CACHE
-            ):
-                raise BundleError(f"{file.path}: queries {file.shape(query)} over caches {file.shape(keys)}")
-            attentions.append(step)
-    caches = [cache for step in attentions for cache in step.arguments[1:3]]
-    if len(caches) != len(set(caches)) or set(caches) != written:
-        raise BundleError(f"{file.path}: a cache that two layers read, or none")
-    for step in file.steps:
-        used = step.inputs + step.outputs if isinstance(step, DelegateStep) else (*step.arguments, step.result)
-        if written & set(used) and (isinstance(step, DelegateStep) or step.operator not in (UPDATE_CACHE, ATTENTION)):
-            raise BundleError(f"{file.path}: a cache is read by another operator than attention")
-    return attentions
 
 
 def _begin(file: PteFile, index: int, run: Run, observed: Collection[tuple[int, int]]) -> _RunState:
@@ -155,7 +122,8 @@ def _last_uses(file: PteFile) -> list[list[int]]:
 def _value(file: PteFile, call: _CallState, index: int) -> Any:
     """What ``call`` computed for a value, or the constant that it is."""
     if index in call.values:
-        return call.values[index]
+        value = call.values[index]
+        return value.array() if isinstance(value, CacheRows) else value
     if not isinstance(file.forward.values[index].val, schema.Tensor):
         return file.scalar(index)
     content = file.constant_tensor(index)
@@ -178,48 +146,64 @@ def _run_kernel(file: PteFile, step: KernelStep, calls: Sequence[_CallState]) ->
             raise BundleError(f"{file.path}: {step.operator} into value {step.result}: {error}") from error
 
 
-def _attend(file: PteFile, step: KernelStep, layer: int, state: _RunState) -> None:
-    """The attention of a layer in all calls of a run, over caches that live here alone."""
-    query, keys, values, start, mask, _, _, scale = step.arguments
-    _, context, kv_heads, head_dim = file.shape(keys)
-    caches = {index: np.zeros((1, context, kv_heads, head_dim)) for index in (keys, values)}  # touched where written
-    if state.run.past is not None:
-        for cache, past in zip(caches.values(), state.run.past.layer(layer, kv_heads, head_dim), strict=True):
-            cache[0, : past.shape[1]] = past.swapaxes(0, 1)
+def _write(file: PteFile, step: KernelStep, state: _RunState, layer: int, part: int) -> None:
+    """The rows of all calls of a run into a cache: the keys (0) or values (1) of a layer."""
+    value, cache, position = step.arguments
+    shape, past = file.shape(cache), state.run.past
+    begun = None if past is None else past.layer(layer, *shape[2:])[part]
+    state.caches[cache] = WrittenCache(shape, begun)
     for call in state.calls:
-        for index, cache in caches.items():
-            position, rows = call.updates.pop(index)
-            if not 0 <= position <= context - rows.shape[1]:
-                raise BundleError(f"{file.path}: {rows.shape[1]} rows at {position} of a cache of {context}")
-            cache[:, position : position + rows.shape[1]] = rows
+        state.caches[cache].write(_value(file, call, position), _value(file, call, value), str(file.path))
+
+
+def _take_rows(file: PteFile, step: KernelStep, state: _RunState) -> None:
+    """For explicit attention."""
+    cache, _, _, stop, _ = step.arguments
+    for number, call in enumerate(state.calls):
+        call.values[step.result] = CacheRows(state.caches[cache], number + 1, _value(file, call, stop))
+
+
+def _attend(file: PteFile, step: KernelStep, state: _RunState) -> None:
+    """The attention of a layer in all calls of a run."""
+    query, keys, values, start, mask, _, _, scale = step.arguments
+    context = file.shape(keys)[1]
+    for number, call in enumerate(state.calls):
         x = _value(file, call, query)
         first, addend, factor = (_value(file, call, index) for index in (start, mask, scale))
         if not 0 <= first <= context - x.shape[1]:
             raise BundleError(f"{file.path}: attention of {x.shape[1]} queries at {first} over a cache of {context}")
         if addend is not None and addend.shape != (x.shape[1], context):
             raise BundleError(f"{file.path}: a mask {list(addend.shape)} for {x.shape[1]} queries and {context} rows")
-        call.values[step.result] = attend(x, caches[keys], caches[values], first, addend, factor)
+        k_cache, v_cache = (state.caches[cache].after(number + 1) for cache in (keys, values))
+        call.values[step.result] = attend(x, k_cache, v_cache, first, addend, factor)
+
+
+def _trace(state: _RunState, attention: LayerAttention) -> None:
+    """The rows that the run's own tokens added; its caches are needed no more."""
     own = slice(state.run.start, state.run.start + len(state.run.tokens))
-    state.trace.keys.append(caches[keys][0, own].swapaxes(0, 1).copy())
-    state.trace.values.append(caches[values][0, own].swapaxes(0, 1).copy())
+    for cache, traced in ((attention.keys, state.trace.keys), (attention.values, state.trace.values)):
+        traced.append(state.caches.pop(cache).after(len(state.calls))[0, own].swapaxes(0, 1).copy())
 
 
 def _run_delegate(file: PteFile, step: DelegateStep, calls: Sequence[_CallState]) -> list[DelegateCall]:
+    """All calls together where weights are read, else call by call."""
     payload = file.delegates[step.index]
+    weighs = any(node.kind == "FullyConnected" for node in payload.nodes)
     observed = []
-    insides = []
-    for call in calls:
-        inputs = [np.asarray(_value(file, call, index), np.float64) for index in step.inputs]
-        insides.append(dict(zip(payload.inputs, inputs, strict=True)))
-    arguments = [[inside[number] for number in payload.inputs] if call.observed else []
-                 for inside, call in zip(insides, calls, strict=True)]  # fmt: skip
-    _run_nodes(file, payload, insides, f"{file.path}: delegate {step.index}")
-    for call, inside, inputs in zip(calls, insides, arguments, strict=True):
-        outputs = tuple(inside[number] for number in payload.outputs)
-        call.values.update(zip(step.outputs, outputs, strict=True))
-        if call.observed:
-            rounded = tuple(array.astype(np.float32) for array in inputs)
-            observed.append(DelegateCall(step.index, rounded, outputs))
+    for group in [calls] if weighs else [[call] for call in calls]:
+        insides = []
+        for call in group:
+            inputs = [np.asarray(_value(file, call, index), np.float64) for index in step.inputs]
+            insides.append(dict(zip(payload.inputs, inputs, strict=True)))
+        arguments = [[inside[number] for number in payload.inputs] if call.observed else []
+                     for inside, call in zip(insides, group, strict=True)]  # fmt: skip
+        _run_nodes(file, payload, insides, f"{file.path}: delegate {step.index}")
+        for call, inside, inputs in zip(group, insides, arguments, strict=True):
+            outputs = tuple(inside[number] for number in payload.outputs)
+            call.values.update(zip(step.outputs, outputs, strict=True))
+            if call.observed:
+                rounded = tuple(array.astype(np.float32) for array in inputs)
+                observed.append(DelegateCall(step.index, rounded, outputs))
     return observed
 
 

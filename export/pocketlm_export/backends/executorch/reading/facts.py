@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from pocketlm_export.backends.executorch.importing import schema
-from pocketlm_export.backends.executorch.reading.execution import attention_steps
-from pocketlm_export.backends.executorch.reading.kernels import UPDATE_CACHE
+from pocketlm_export.backends.executorch.reading.attention import LayerAttention, layer_attentions
+from pocketlm_export.backends.executorch.reading.elementwise import elementwise_facts
+from pocketlm_export.backends.executorch.reading.kernels import SLICE, UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.matrices import filter_matrix
 from pocketlm_export.backends.executorch.reading.payload import Payload, PayloadNode
 from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
@@ -20,17 +20,17 @@ from pocketlm_export.backends.reading import Fact
 __all__ = ["rotary_constants", "stated_facts"]
 
 Table = npt.NDArray[np.float32]
-SLICE = "aten::slice_copy.Tensor_out"
 
 
 def stated_facts(file: PteFile) -> Iterator[Fact]:
-    """Every fact of ``attention L``, ``norm I`` and ``program``."""
-    steps = attention_steps(file)
-    for layer, step in enumerate(steps):
-        yield from _attention_facts(file, layer, step)
+    """Every fact of ``attention L``, ``norm I``, ``scale I``, ``clamp I`` and ``program``."""
+    attentions = layer_attentions(file)
+    for layer, attention in enumerate(attentions):
+        yield from _attention_facts(file, layer, attention)
     for number, epsilon in enumerate(_epsilons(file)):
         yield Fact(f"norm {number}", "epsilon", epsilon)
-    contexts = {file.shape(step.arguments[1])[1] for step in steps} | {*file.fact("get_max_context_len")}
+    yield from elementwise_facts(file)
+    contexts = {file.shape(attention.keys)[1] for attention in attentions} | {*file.fact("get_max_context_len")}
     yield Fact("program", "context_length", _agreed(contexts))
     sizes = {file.shape(file.forward.outputs[0])[-1], *file.fact("get_vocab_size")}
     yield Fact("program", "vocabulary_size", _agreed(sizes))
@@ -66,23 +66,29 @@ def rotary_constants(file: PteFile, value: int) -> tuple[int, int, int] | None:
     return (factors[False], factors[True], pairs) if len(factors) == 2 else None
 
 
-def _attention_facts(file: PteFile, layer: int, step: KernelStep) -> Iterator[Fact]:
-    query, keys, _, _, mask, _, _, scale = step.arguments
-    _, _, heads, head_dim = file.shape(query)
-    stated = file.scalar(scale)
-    cosine, sine = _rotation(file, query, keys)
+def _attention_facts(file: PteFile, layer: int, attention: LayerAttention) -> Iterator[Fact]:
+    _, _, heads, head_dim = file.shape(attention.query)
+    _, context, kv_heads, _ = file.shape(attention.keys)
+    cosine, sine = _rotation(file, attention.query, attention.keys)
     values = {
         "heads": heads,
-        "kv_heads": file.shape(keys)[2],
+        "kv_heads": kv_heads,
         "head_dim": head_dim,
-        "scale": head_dim**-0.5 if stated is None else stated,
-        "window": _window(file, mask, file.shape(keys)[1]),
-        "softcap": None,  # the kernel has none
+        "scale": head_dim**-0.5 if attention.scale is None else attention.scale,
+        "window": None if attention.mask is None else _window(file, attention.mask, context),
+        "softcap": _softcap(attention.softcap),
         "cosine": cosine,
         "sine": sine,
     }
     for name, value in values.items():
         yield Fact(f"attention {layer}", name, value)
+
+
+def _softcap(numbers: tuple[float, float] | None) -> float | str | None:
+    if numbers is None:
+        return None
+    divisor, factor = numbers
+    return factor if divisor == factor else f"scores divided by {divisor} and multiplied with {factor}"
 
 
 def _rotation(file: PteFile, query: int, keys: int) -> tuple[Table | str | None, Table | str | None]:
@@ -106,19 +112,19 @@ def _rotation(file: PteFile, query: int, keys: int) -> tuple[Table | str | None,
 
 def _window(file: PteFile, mask: int, context: int) -> int | str | None:
     """The window of a table ``[longest call, 2 * context]`` whose entry depends on ``row - column + context`` alone:
-    0 for distances below the window, minus infinity elsewhere."""
-    if isinstance(file.forward.values[mask].val, schema.Null):
-        return None
+    0 for distances from zero to below the window, minus infinity elsewhere. None: all that came before is seen."""
     index = _sliced_constant(file, mask)
     table = file.constant(index) if index else np.empty(0)
     if table.ndim != 2 or table.shape[1] != 2 * context:
         return f"a mask table {list(table.shape)}"
     window = int((table[0] == 0).sum())
+    beyond = window > context  # no key is as far as that
     for row, line in enumerate(table):
         distance = row - (np.arange(2 * context) - context)
-        if not np.array_equal(line, np.where((distance >= 0) & (distance < window), np.float32(0), -np.inf)):
+        seen = (distance >= 0) & (beyond | (distance < window))
+        if not np.array_equal(line, np.where(seen, np.float32(0), -np.inf)):
             return f"a mask table whose row {row} is no window"
-    return window
+    return None if beyond else window
 
 
 def _sliced_constant(file: PteFile, value: int) -> int:

@@ -14,9 +14,10 @@ from pocketlm_export.backends.executorch.importing import schema
 from pocketlm_export.backends.executorch.reading.matrices import embedding_table
 from pocketlm_export.backends.executorch.reading.pte import KernelStep, PteFile
 
-__all__ = ["ATTENTION", "KERNELS", "UPDATE_CACHE", "attend", "check_kernels"]
+__all__ = ["ATTENTION", "KERNELS", "SLICE", "UPDATE_CACHE", "attend", "check_kernels"]
 
 UPDATE_CACHE, ATTENTION = "llama::update_cache.out", "llama::custom_sdpa.out"
+SLICE = "aten::slice_copy.Tensor_out"
 
 Array = npt.NDArray[Any]
 
@@ -78,21 +79,23 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
     "aten::select_copy.int_out": lambda x, dimension, index: np.take(x, index, dimension),
     "aten::_local_scalar_dense": int,
     "aten::sym_size.int": lambda x, dimension: x.shape[dimension],
-    "aten::slice_copy.Tensor_out": _slice_copy,
+    SLICE: _slice_copy,
     "executorch_prim::add.Scalar": lambda left, right: left + right,
     "executorch_prim::sub.Scalar": lambda left, right: left - right,
+    "executorch_prim::mod.Scalar": lambda left, right: left % right,
 }
 
 ARGUMENTS: Mapping[str, int] = {
     "aten::select_copy.int_out": 3,
     "aten::_local_scalar_dense": 1,
     "aten::sym_size.int": 2,
-    "aten::slice_copy.Tensor_out": 5,
+    SLICE: 5,
     "aten::embedding.out": 5,
     "quantized_decomposed::embedding_4bit.dtype_out": 7,
     "quantized_decomposed::embedding_byte.dtype_out": 7,
     "executorch_prim::add.Scalar": 2,
     "executorch_prim::sub.Scalar": 2,
+    "executorch_prim::mod.Scalar": 2,
     UPDATE_CACHE: 3,
     ATTENTION: 8,
 }

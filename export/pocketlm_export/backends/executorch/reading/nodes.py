@@ -59,19 +59,32 @@ def _sigmoid(_: Mapping[str, Any], x: Array) -> Array:
         return 1 / (1 + np.exp(-x))
 
 
+def _softmax(_: Mapping[str, Any], x: Array) -> Array:
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    result: Array = weights / weights.sum(-1, keepdims=True)
+    return result
+
+
 def _concatenate(attributes: Mapping[str, Any], *parts: Array) -> Array:
     return np.concatenate(parts, attributes["axis"])
 
 
 NODES: Mapping[str, Callable[..., Array]] = {
     "Add": lambda _, left, right: left + right,
+    "Subtract": lambda _, left, right: left - right,
     "Multiply": lambda _, left, right: left * right,
+    "Div": lambda _, left, right: left / right,
+    "Minimum": lambda _, left, right: np.minimum(left, right),
+    "Maximum": lambda _, left, right: np.maximum(left, right),
+    "BatchMatrixMultiply": lambda _, left, right: left @ right,
     "Square": lambda _, x: x * x,
     "ReciprocalSquareRoot": lambda _, x: 1 / np.sqrt(x),
     "Sigmoid": _sigmoid,
     "Tanh": lambda _, x: np.tanh(x),
     "Gelu": _gelu,
+    "Softmax": _softmax,
     "StaticReshape": _reshape,
+    "StaticTranspose": lambda attributes, x: x.transpose(attributes["perm"]),
     "StaticSlice": _slice,
     "Concatenate2": _concatenate,
     "Concatenate3": _concatenate,
