@@ -181,6 +181,7 @@ class BundleWriter:
             files=self._records(),
             provenance=Provenance(
                 checkpoint_sha256=checkpoint.digest(needed),
+                adapter_sha256=checkpoint.tensors.changes_digest(),
                 accepted=sorted(options.accept),
                 pocketlm=importlib.metadata.version("pocketlm"),
                 libraries=dict(sorted(libraries.items())),

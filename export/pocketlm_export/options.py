@@ -21,8 +21,8 @@ class ExportOptions:
 
     ``group``: how many columns of an int4 matrix share a scale; a matrix that it doesn't divide takes a smaller one.
     ``context`` None: the smaller of the model's and 4096. ``accept`` names configuration keys and tensors of the
-    checkpoint to ignore. ``store`` None: the default store. ``verify``: end with a certificate; ``oracle`` names the
-    independent implementation that takes part in it.
+    checkpoint to ignore. ``adapter``: the folder of a PEFT adapter to merge. ``store`` None: the default store.
+    ``verify``: end with a certificate; ``oracle`` names the independent implementation that takes part in it.
     """
 
     targets: tuple[str, ...] = TARGETS
@@ -31,6 +31,7 @@ class ExportOptions:
     group: int = GROUPS[0]
     context: int | None = None
     accept: tuple[str, ...] = ()
+    adapter: Path | None = None
     store: Path | None = None
     force: bool = False
     verify: bool = True
@@ -69,8 +70,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from error
     kinds: dict[str, type] = {
-        "targets": list, "accept": list, "scheme": str, "head": str, "group": int, "context": int, "store": str,
-        "force": bool, "verify": bool, "oracle": str,
+        "targets": list, "accept": list, "scheme": str, "head": str, "group": int, "context": int, "adapter": str,
+        "store": str, "force": bool, "verify": bool, "oracle": str,
     }  # fmt: skip
     valid = [field.name for field in fields(ExportOptions)]
     for key, value in content.items():
@@ -83,6 +84,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for key, value in content.items():
         if isinstance(value, list):
             content[key] = tuple(value)
-        elif key == "store":
+        elif key in ("adapter", "store"):
             content[key] = Path(value)
     return content

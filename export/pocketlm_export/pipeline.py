@@ -10,6 +10,7 @@ from pocketlm.errors import CheckError, ContextLengthError, InputError
 from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.base import Artifact, Lowering, load_backend
 from pocketlm_export.bundling import BundleWriter
+from pocketlm_export.checkpoint.adapter import with_adapter
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from pocketlm_export.checkpoint.hub import locate
 from pocketlm_export.checkpoint.text import open_text, with_tokenizer_stop
@@ -43,6 +44,8 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
     progress.stage("read", 0)
     with BundleWriter(output, force=options.force) as writer:
         checkpoint = open_checkpoint(locate(source), options.accept)
+        if options.adapter is not None:
+            checkpoint = with_adapter(checkpoint, options.adapter, options.accept)
         context = resolve_context(checkpoint, options.context)
         text = open_text(checkpoint, options.accept)
         checkpoint = replace(checkpoint, generation=with_tokenizer_stop(checkpoint.generation, text.tokenizer))

@@ -208,9 +208,11 @@ def released_shapes(folder: Path, layers: int = 1000) -> dict[str, tuple[int, ..
     """Names and shapes of a released file, those of its first ``layers`` layers."""
     shapes = {}
     for entry in json.loads((folder / "tensors.json").read_text())["tensors"]:
-        first, last = entry.get("layers", (0, 0))
+        (first, last), (first_expert, last_expert) = entry.get("layers", (0, 0)), entry.get("experts", (0, 0))
         for layer in range(first, min(last + 1, layers)):
-            shapes[entry["name"].replace("{layer}", str(layer))] = tuple(entry["shape"])
+            for expert in range(first_expert, last_expert + 1):
+                name = entry["name"].replace("{layer}", str(layer)).replace("{expert}", str(expert))
+                shapes[name] = tuple(entry["shape"])
     return shapes
 
 
@@ -252,8 +254,9 @@ def test_released_models_parse_or_are_refused_for_a_stated_reason(released, tmp_
     assert {
         "Llama-3.1-8B-Instruct", "Llama-3.2-1B-Instruct", "Mistral-7B-Instruct-v0.3", "Mistral-7B-v0.1",
         "Phi-3-mini-128k-instruct", "Phi-3-mini-4k-instruct", "Phi-3.5-mini-instruct", "Phi-4-mini-instruct",
-        "Qwen2.5-0.5B-Instruct", "Qwen3-0.6B", "SmolLM2-135M-Instruct", "SmolLM3-3B", "TinyLlama-1.1B-Chat-v1.0",
-        "gemma-2b", "gemma-7b-it", "phi-1_5", "phi-2",
+        "Mixtral-8x7B-v0.1", "Qwen2.5-0.5B-Instruct", "Qwen3-0.6B", "Qwen3-30B-A3B",
+        "SmolLM2-135M-Instruct", "SmolLM3-3B", "TinyLlama-1.1B-Chat-v1.0",
+        "gemma-2-2b-it", "gemma-2b", "gemma-3-1b-it", "gemma-3-270m", "gemma-7b-it", "phi-1_5", "phi-2",
     } <= set(supported)  # fmt: skip
 
 
@@ -314,7 +317,7 @@ def test_a_modelopt_file_beside_the_configuration_is_refused(released, folder):
 @pytest.mark.parametrize("name", ("adapter_config.phi-1_5.json", "adapter_config.phi-3-mini.json"))
 def test_an_adapter_is_refused(name, released, tmp_path):
     shutil.copy(released / "variants" / name, tmp_path / "adapter_config.json")
-    with pytest.raises(CheckpointError, match=r"a PEFT adapter.*: merge it"):
+    with pytest.raises(CheckpointError, match=r"a PEFT adapter.*--adapter .* will merge it"):
         open_checkpoint(tmp_path)
 
 

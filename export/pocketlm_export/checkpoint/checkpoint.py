@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pocketlm.errors import CheckpointError, UnsupportedError
 from pocketlm_export.architectures import DecoderConfig, load_architecture
 from pocketlm_export.checkpoint.generation import Generation, read_generation
+from pocketlm_export.checkpoint.low_rank import LowRankChange
 from pocketlm_export.checkpoint.neutral import NEUTRAL_KEYS, NEUTRAL_TENSORS
 from pocketlm_export.checkpoint.tensors import FLOAT_TYPES, TensorFile, foreign_format, open_shards
 from pocketlm_export.fields import Fields, read_json
@@ -20,6 +21,7 @@ from pocketlm_export.selection import selected, tensor_of
 
 __all__ = ["Checkpoint", "Tensors", "open_checkpoint", "read_configuration"]
 
+Floats = npt.NDArray[np.float32]
 QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
 OLD_PHI_KEYS = ("n_embd", "n_head", "n_layer", "n_inner", "n_positions")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -29,12 +31,18 @@ TEXT_LIKE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 class Tensors:
     """The checkpoint's weights by name: tensors, and rows of them (:mod:`pocketlm_export.selection`).
 
-    Values are read in blocks; nothing is held.
+    Values are read in blocks; nothing is held. ``changes`` of an adapter, by the tensor that they change, are in every
+    value and every digest.
     """
 
-    def __init__(self, files: Mapping[str, TensorFile]) -> None:
+    def __init__(self, files: Mapping[str, TensorFile], changes: Mapping[str, LowRankChange] | None = None) -> None:
         self._files = files
+        self._changes = changes or {}
         self._digests: dict[str, str] = {}
+
+    def changed(self, changes: Mapping[str, LowRankChange]) -> "Tensors":
+        """The same tensors with ``changes``."""
+        return Tensors(self._files, changes)
 
     def __contains__(self, name: str) -> bool:
         tensor, selection = selected(name)
@@ -58,15 +66,28 @@ class Tensors:
         tensor = tensor_of(name)
         return self._files[tensor].tensors[tensor].dtype
 
-    def values(self, name: str) -> npt.NDArray[np.float32]:
+    def values(self, name: str) -> Floats:
         """The whole weight in float32."""
-        tensor, selection = selected(name)
-        return self._files[tensor].values(tensor, selection)
+        blocks = [values for _, values in self.blocks(name, 1 << 22)]
+        return np.concatenate(blocks) if blocks else np.empty(self.shape(name), np.float32)
 
-    def blocks(self, name: str, elements: int = 1 << 20) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    def blocks(self, name: str, elements: int = 1 << 20) -> Iterator[tuple[int, Floats]]:
         """``(first row, float32 values)`` of blocks of about ``elements`` values, in order."""
         tensor, selection = selected(name)
-        return self._files[tensor].float_blocks(tensor, elements, selection)
+        blocks = self._files[tensor].float_blocks(tensor, elements, selection)
+        if tensor not in self._changes:
+            return blocks
+        step = max(1, elements // max(1, self.shape(tensor)[1]))
+        return self._with_change(name, blocks, self._changes[tensor].blocks(step, selection))
+
+    def _with_change(
+        self, name: str, blocks: Iterator[tuple[int, Floats]], changes: Iterator[Floats]
+    ) -> Iterator[tuple[int, Floats]]:
+        for (start, values), change in zip(blocks, changes, strict=True):
+            change += values
+            if not np.isfinite(change).all():
+                raise CheckpointError(f"{self.source(name).path}: {name} with the adapter's change is not finite")
+            yield start, change
 
     def elements(self, names: Collection[str]) -> int:
         """How many values ``names`` hold together."""
@@ -77,17 +98,24 @@ class Tensors:
         return self._files.keys()
 
     def digest(self, name: str) -> str:
-        """sha256 of the tensor's dtype, shape and bytes, computed once; of rows, of that and which they are."""
+        """sha256 of the tensor's dtype, shape and bytes, and of its change if it has one, computed once; of rows, of
+        that and which they are."""
         tensor, selection = selected(name)
         if selection is not None:
             return hashlib.sha256(selection.of(self.digest(tensor)).encode()).hexdigest()
         if name not in self._digests:
-            info = self._files[name].tensors[name]
-            digest = hashlib.sha256(f"{info.dtype} {list(info.shape)}\n".encode())
-            for chunk in self._files[name].chunks(name):
-                digest.update(chunk)
-            self._digests[name] = digest.hexdigest()
+            digest, change = self._files[name].digest(name), self._changes.get(name)
+            if change is not None:
+                digest = hashlib.sha256(f"{digest} {change.digest}".encode()).hexdigest()
+            self._digests[name] = digest
         return self._digests[name]
+
+    def changes_digest(self) -> str | None:
+        """sha256 over all changes and what they change; None without any."""
+        if not self._changes:
+            return None
+        parts = (f"{name} {self._changes[name].digest}\n" for name in sorted(self._changes))
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def release(self) -> None:
         """Let the kernel drop every mapped page."""
@@ -97,7 +125,7 @@ class Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What an export needs to know of a checkpoint."""
+    """What an export needs to know of a checkpoint. ``adapter``: the folder whose changes ``tensors`` hold, or None."""
 
     folder: Path
     config: DecoderConfig
@@ -105,6 +133,7 @@ class Checkpoint:
     tensors: Tensors
     tokenizer_files: Mapping[str, Path]
     license_files: Mapping[str, Path]
+    adapter: Path | None = None
 
     def digest(self, weights: Collection[str]) -> str:
         """sha256 over config.json and the content of ``weights``."""
@@ -208,7 +237,8 @@ def _refuse_adapter(folder: Path) -> None:
     path = folder / "adapter_config.json"
     if path.exists():
         raise CheckpointError(
-            f"{path}: a PEFT adapter, which changes the model: merge it into its base model first, or remove the file"
+            f"{path}: a PEFT adapter, which changes the model: export its base model, and --adapter {folder} will "
+            "merge it, or remove the file"
         )
 
 

@@ -4,6 +4,7 @@ Format: https://github.com/huggingface/safetensors#format. Files are hostile unt
 header's length, every dtype, shape and offset; the tensors must cover the data exactly once, without holes or overlaps.
 """
 
+import hashlib
 import math
 import mmap
 import stat
@@ -28,6 +29,7 @@ __all__ = [
     "decode_float",
     "foreign_format",
     "open_shards",
+    "row_blocks",
 ]
 
 LONGEST_HEADER = 100_000_000  # the limit of the reference implementation
@@ -148,6 +150,14 @@ class TensorFile:
             yield content[start : start + CHUNK]
             self.release(name)
 
+    def digest(self, name: str) -> str:
+        """sha256 of the tensor's dtype, shape and bytes."""
+        info = self.tensors[name]
+        digest = hashlib.sha256(f"{info.dtype} {list(info.shape)}\n".encode())
+        for chunk in self.chunks(name):
+            digest.update(chunk)
+        return digest.hexdigest()
+
     def raw(self, name: str) -> npt.NDArray[Any]:
         """The tensor as stored, mapped and read-only; bfloat16 as its bit patterns in uint16."""
         info = self.tensors[name]
@@ -168,7 +178,7 @@ class TensorFile:
                 f"{self.path}: {name}: dtype {info.dtype} is not one of {', '.join(sorted(FLOAT_TYPES))}"
             )
         start = 0
-        for raw in _row_blocks(self.raw(name), max(1, elements // max(1, math.prod(info.shape[1:]))), selection):
+        for raw in row_blocks(self.raw(name), max(1, elements // max(1, math.prod(info.shape[1:]))), selection):
             values = decode_float(raw, info.dtype)
             if not np.isfinite(values).all():
                 place = np.argwhere(~np.isfinite(values))[0]
@@ -179,11 +189,10 @@ class TensorFile:
             start += len(values)
             self.release(name)
 
-    def values(self, name: str, selection: RowSelection | None = None) -> npt.NDArray[np.float32]:
-        """The whole tensor, or what is selected of it, in float32, checked as in :meth:`float_blocks`."""
-        info = self.tensors[name]
-        blocks = [values for _, values in self.float_blocks(name, 1 << 22, selection)]
-        return np.concatenate(blocks) if blocks else np.empty(info.shape, np.float32)
+    def values(self, name: str) -> npt.NDArray[np.float32]:
+        """The whole tensor in float32, checked as in :meth:`float_blocks`."""
+        blocks = [values for _, values in self.float_blocks(name, 1 << 22)]
+        return np.concatenate(blocks) if blocks else np.empty(self.tensors[name].shape, np.float32)
 
     def release(self, name: str | None = None) -> None:
         """Let the kernel drop the mapped pages of a tensor, or of all: resident memory counts them."""
@@ -200,7 +209,7 @@ class TensorFile:
         return iter(self.tensors)
 
 
-def _row_blocks(raw: npt.NDArray[Any], step: int, selection: RowSelection | None) -> Iterator[npt.NDArray[Any]]:
+def row_blocks(raw: npt.NDArray[Any], step: int, selection: RowSelection | None) -> Iterator[npt.NDArray[Any]]:
     """Blocks of about ``step`` rows; views, but for short pieces of a selection, which are gathered."""
     if selection is None:
         selection = RowSelection(0, max(1, len(raw)), max(1, len(raw)))

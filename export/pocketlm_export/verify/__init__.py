@@ -18,6 +18,7 @@ def verify_bundle(
     bundle: Bundle | str | os.PathLike[str],
     *,
     reference: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     oracle: str | None = None,
     targets: Iterable[str] | None = None,
     store: str | os.PathLike[str] | None = None,
@@ -26,8 +27,9 @@ def verify_bundle(
     """Open the written files of ``bundle`` again, issue its certificate, and write it to certificate.json.
 
     ``reference``: the checkpoint that the bundle was made from, a folder or ``org/name[@revision]``; without it there
-    is no loss and no oracle. ``oracle``: ``transformers``, or None. A level that fails is in the certificate; see
-    :attr:`Certificate.passed`. Raises :class:`pocketlm.InputError` for a bundle or reference that can't be used.
+    is no loss and no oracle. ``adapter``: the folder of the adapter that was merged into it. ``oracle``:
+    ``transformers``, or None. A level that fails is in the certificate; see :attr:`Certificate.passed`. Raises
+    :class:`pocketlm.InputError` for a bundle or reference that can't be used.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     opened.check_files()
@@ -43,6 +45,7 @@ def verify_bundle(
     subject = open_subject(
         opened,
         None if reference is None else os.fspath(reference),
+        None if adapter is None else Path(adapter),
         WeightStore(default_store() if store is None else Path(store)),
         told.advance,
     )

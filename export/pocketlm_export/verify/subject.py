@@ -12,6 +12,7 @@ from pocketlm.errors import InputError
 from pocketlm.manifest import Weight
 from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.reading import Reader, WrittenMatrix
+from pocketlm_export.checkpoint.adapter import with_adapter
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, Tensors, open_checkpoint, read_configuration
 from pocketlm_export.checkpoint.hub import locate
 from pocketlm_export.graph.graph import Graph
@@ -29,14 +30,14 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """``weights``: the store's; None if they can only be read from an artifact. ``originals`` and ``checkpoint`` are
-    the checkpoint's values and folder; None where it was not given."""
+    """``weights``: the store's; None if they can only be read from an artifact. ``originals``: the
+    values of ``checkpoint``; both None where it was not given."""
 
     bundle: Bundle
     graph: Graph
     weights: WeightSource | None = None
     originals: "OriginalWeights | None" = None
-    checkpoint: Path | None = None
+    checkpoint: Checkpoint | None = None
 
 
 class OriginalWeights:
@@ -96,20 +97,26 @@ class ArtifactWeights:
 def open_subject(
     bundle: Bundle,
     reference: str | None,
+    adapter: Path | None,
     store: WeightStore,
     advance: Callable[[str, int], None],
 ) -> Subject:
-    """The subject of ``pocketlm verify``; ``reference`` is a folder or ``org/name[@revision]``.
+    """The subject of ``pocketlm verify``; ``reference`` is a folder or ``org/name[@revision]``, ``adapter`` a folder.
 
-    Raises :class:`InputError` if that is not the checkpoint that the bundle was made from.
+    Raises :class:`InputError` if that is not the checkpoint that the bundle was made from, or not its adapter.
     """
     manifest = bundle.manifest
     accepted = manifest.provenance.accepted
     if reference is None:
+        if adapter is not None:
+            raise InputError("an adapter is merged into the checkpoint: give that with --reference")
         bundle.check_files("config.json")
         _, config = read_configuration(bundle.folder, accepted)
         return Subject(bundle, build_graph(config, manifest.model.context_length))
     checkpoint = open_checkpoint(locate(reference), accepted)
+    if adapter is not None:
+        checkpoint = with_adapter(checkpoint, adapter, accepted)
+    _require_same_adapter(bundle, checkpoint)
     graph = build_graph(checkpoint.config, manifest.model.context_length)
     checkpoint.check_tensors(graph.weights(), accepted)
     checkpoint.check_saved_head(accepted)
@@ -119,9 +126,19 @@ def open_subject(
     return exported_subject(bundle, graph, weights, checkpoint)
 
 
+def _require_same_adapter(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    stated, found = bundle.manifest.provenance.adapter_sha256, checkpoint.tensors.changes_digest()
+    if found == stated:
+        return
+    if found is None:
+        raise InputError(f"{bundle.folder}: was made with an adapter: give it with --adapter")
+    made = "without an adapter" if stated is None else "with another adapter: the hash differs"
+    raise InputError(f"{checkpoint.adapter}: {bundle.folder} was made {made}")
+
+
 def exported_subject(bundle: Bundle, graph: Graph, weights: Weights, checkpoint: Checkpoint) -> Subject:
     """The subject at the end of an export."""
-    return Subject(bundle, graph, weights, OriginalWeights(checkpoint.tensors), checkpoint.folder)
+    return Subject(bundle, graph, weights, OriginalWeights(checkpoint.tensors), checkpoint)
 
 
 def scheme_rows(bundle: Bundle) -> Mapping[str, SchemeRow | None]:

@@ -59,9 +59,9 @@ def issue_certificate(
     bundle = subject.bundle
     chosen = _chosen(bundle, targets)
     if oracle is not None:
-        check_oracle(oracle)
         if subject.checkpoint is None:
             raise InputError("an oracle computes with the checkpoint: give it with --reference")
+        check_oracle(oracle, subject.checkpoint)
     bundle.check_files()
     stage("verify the text", 0)
     text = check_text(bundle)
@@ -114,7 +114,9 @@ def measure(
             loss = measure_loss(runs.texts, eager, traces[EXACT_LANE][: len(runs.texts)])
             if oracle is not None and original is not None and subject.checkpoint is not None:
                 stage(f"run {oracle}", 0)
-                judged_oracle = judge_oracle(original, eager, oracle_traces(subject.checkpoint, runs.texts))
+                traced = oracle_traces(subject.checkpoint, runs.texts)
+                judged_oracle = judge_oracle(subject.checkpoint, original, eager, traced)
+                del traced
             del original, eager
         known = checked if target == source else None
         certificates[target] = judge_artifact(artifact, graph, runs, traces, weights, values, stage, known)

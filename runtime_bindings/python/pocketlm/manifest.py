@@ -98,9 +98,14 @@ class FileRecord(Closed):
 
 
 class Provenance(Closed):
-    """What the bundle was made from and with; ``accepted`` names what of the checkpoint was ignored on request."""
+    """What the bundle was made from and with; ``accepted`` names what of the checkpoint was ignored on request.
+
+    ``adapter_sha256``: of the adapter that was merged into the weights, where there was one; ``checkpoint_sha256`` is
+    over the merged weights.
+    """
 
     checkpoint_sha256: Sha256
+    adapter_sha256: Sha256 | None = None
     accepted: list[str] = Field(default_factory=list)
     pocketlm: str
     libraries: dict[str, str]

@@ -5,19 +5,36 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pocketlm.errors import PocketLMError, printable
 
-__all__ = ["Debug", "Interrupted", "Json", "Oracle", "Packed", "Runtime", "Threads", "note", "print_json", "reported"]
+__all__ = [
+    "Adapter",
+    "Debug",
+    "Interrupted",
+    "Json",
+    "Oracle",
+    "Packed",
+    "Runtime",
+    "Threads",
+    "note",
+    "print_json",
+    "reported",
+]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Runtime = Annotated[
     str | None,
     typer.Option("--runtime", metavar="R", help="executorch, onnx or coreml; default: the first that is installed."),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="PEFT_FOLDER", help="A LoRA adapter, merged into the checkpoint."),
 ]
 Oracle = Annotated[
     str | None,

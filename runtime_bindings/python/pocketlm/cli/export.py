@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketlm.cli.console import Debug, Json, Oracle, print_json, reported
+from pocketlm.cli.console import Adapter, Debug, Json, Oracle, print_json, reported
 
 __all__ = ["EXAMPLE", "export"]
 
@@ -36,6 +36,7 @@ def export(
         list[str] | None,
         typer.Option(metavar="KEY", help="A configuration key, tensor or token to ignore; repeatable."),
     ] = None,
+    adapter: Adapter = None,
     store: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The weight store; default: $XDG_CACHE_HOME/pocketlm.")
     ] = None,
@@ -61,6 +62,7 @@ def export(
             "group": group_size,
             "context": context,
             "accept": tuple(accept) if accept else None,
+            "adapter": adapter,
             "store": store,
             "force": force or None,
             "verify": False if no_verify else None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pocketlm.cli.console import Debug, Json, Oracle, print_json, reported
+from pocketlm.cli.console import Adapter, Debug, Json, Oracle, print_json, reported
 
 __all__ = ["EXAMPLE", "verify"]
 
@@ -18,6 +18,7 @@ def verify(
         str | None,
         typer.Option(metavar="CHECKPOINT", help="The checkpoint that it was made from, for loss and oracle."),
     ] = None,
+    adapter: Adapter = None,
     oracle: Oracle = None,
     targets: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Targets, by commas; default: all of the bundle.")
@@ -37,7 +38,13 @@ def verify(
         chosen = None if targets is None else tuple(name.strip() for name in targets.split(","))
         with export_progress() as progress:
             certificate = verify_bundle(
-                bundle, reference=reference, oracle=oracle, targets=chosen, store=store, progress=progress
+                bundle,
+                reference=reference,
+                adapter=adapter,
+                oracle=oracle,
+                targets=chosen,
+                store=store,
+                progress=progress,
             )
         if json:
             print_json({**certificate.model_dump(mode="json"), "passed": certificate.passed})
