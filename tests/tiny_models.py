@@ -18,6 +18,10 @@ CONTEXT = 160
 # Their norms multiply by 1 + weight.
 OFFSET_NORMS = ("gemma", "gemma2", "gemma3_text")
 
+# Norms that write to the residual.
+BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
+POST_NORMS = {"gemma2": BEHIND, "gemma3_text": BEHIND, "olmo2": BEHIND}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -61,6 +65,8 @@ LONGROPE = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "rope_theta": 1e4}
 PHI = {key: value for key, value in BASE.items() if key != "rms_norm_eps"}
 GEMMA = {**BASE, "head_dim": 32, "pad_token_id": 0}
+GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS = {**BASE, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 ROWS = [
     Row("llama", "llama", {**BASE, "tie_word_embeddings": True}),
@@ -147,6 +153,72 @@ ROWS = [
         {**GEMMA, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 9, "vocab_size": 331},
     ),
     Row("gemma-outliers", "gemma", {**GEMMA, "num_key_value_heads": 1}, outlier=1e3),
+    Row("gemma2", "gemma2", {**GEMMA, "query_pre_attn_scalar": 24, "sliding_window": 9}),
+    Row(
+        "gemma2-no-caps",
+        "gemma2",
+        {
+            **GEMMA,
+            "hidden_size": 72,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 20,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "sliding_window": 1000,
+        },
+    ),
+    Row("gemma2-outliers", "gemma2", {**GEMMA, "query_pre_attn_scalar": 32, "sliding_window": 11}, outlier=1e3),
+    Row("gemma3", "gemma3_text", {**GEMMA, "num_hidden_layers": 6, "num_key_value_heads": 1, "sliding_window": 9}),
+    # Gemma 3 4B's rope, and a cap that no released one has
+    Row(
+        "gemma3-linear-rope",
+        "gemma3_text",
+        {
+            **GEMMA,
+            "hidden_size": 72,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 24,
+            "sliding_window": 13,
+            "final_logit_softcapping": 20.0,
+            "layer_types": GEMMA3_LAYERS,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    Row("gemma3-outliers", "gemma3_text", {**GEMMA, "sliding_window": 11, "layer_types": GEMMA3_LAYERS}, outlier=1e3),
+    Row("mixtral", "mixtral", {**BASE, "num_local_experts": 4, "sliding_window": None}),
+    # Three of five, in a window
+    Row(
+        "mixtral-window",
+        "mixtral",
+        {**BASE, "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 11, "intermediate_size": 72},
+    ),
+    Row("mixtral-outliers", "mixtral", {**BASE, "num_local_experts": 4}, outlier=1e3),
+    Row("qwen3-moe", "qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    Row("qwen3-moe-plain-shares", "qwen3_moe", {**EXPERTS, "norm_topk_prob": False, "attention_bias": True}),
+    # Dense layers among those with experts; odd widths
+    Row(
+        "qwen3-moe-mixed",
+        "qwen3_moe",
+        {
+            **EXPERTS,
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "hidden_size": 72,
+            "head_dim": 24,
+            "moe_intermediate_size": 40,
+            "num_experts": 7,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 13,
+        },
+    ),
+    Row("qwen3-moe-outliers", "qwen3_moe", {**EXPERTS, "norm_topk_prob": True}, outlier=1e3),
 ]
 
 
@@ -177,21 +249,27 @@ def _initial(name: str, parameter: torch.Tensor, center: float) -> torch.Tensor:
 
 
 def _add_outliers(model: torch.nn.Module, size: float) -> None:
-    """Drive two residual channels to about ``size`` from the first layer on, as released models do.
+    """Drive two residual channels to about ``size``, as released models do: from the embedding on, or, where a norm
+    stands behind attention and MLP, by what these norms add.
 
-    What adds to them gains a factor, and what reads them, a norm, loses one.
+    What adds to the two gains a factor, and what reads them, a norm, loses one.
     """
-    embedding = model.model.embed_tokens.weight
-    scale = float(getattr(model.model.embed_tokens, "embed_scale", 1.0))
     offset = 1.0 if model.config.model_type in OFFSET_NORMS else 0.0
-    for channel, sign in ((5, 1.0), (17, -1.0)):
-        embedding[:, channel] = sign * size / scale * (1 + 0.1 * torch.randn(len(embedding)))
+    embedding = model.model.embed_tokens.weight
+    behind = POST_NORMS.get(model.config.model_type, ())
+    if not behind:
+        scale = float(getattr(model.model.embed_tokens, "embed_scale", 1.0))
+        for channel, sign in ((5, 1.0), (17, -1.0)):
+            embedding[:, channel] = sign * size / scale * (1 + 0.1 * torch.randn(len(embedding)))
     for name, parameter in model.model.named_parameters():
-        if name.endswith(("o_proj.weight", "self_attn.dense.weight")):
+        norm = name.split(".")[-2]
+        if name.endswith(("o_proj.weight", "self_attn.dense.weight")) and not behind:
             parameter[5] *= 20
-        elif name.endswith(("mlp.down_proj.weight", "mlp.fc2.weight")):
-            parameter[17] *= 20
-        elif "norm" in name and name.endswith(".weight") and len(parameter) == model.config.hidden_size:
+        elif name.endswith(("mlp.down_proj.weight", "mlp.fc2.weight", "experts.down_proj")) and not behind:
+            parameter[..., 17, :] *= 20
+        elif norm in behind:
+            parameter[[5, 17]] = (parameter[[5, 17]] + offset) * size - offset
+        elif "norm" in norm and name.endswith(".weight") and len(parameter) == model.config.hidden_size:
             parameter[[5, 17]] = (parameter[[5, 17]] + offset) * 0.05 - offset
 
 

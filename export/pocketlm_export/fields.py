@@ -43,6 +43,10 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
+    def is_null(self, key: str) -> bool:
+        """Whether the key is there and null, which in some places is not what absence means."""
+        return key in self and self.value(key) is None
+
     def refuse(self, key: str, problem: str) -> CheckpointError:
         """The error that says what is wrong with ``key``."""
         return CheckpointError(f"{self.source}: {key[:60]!r} {problem}")
@@ -118,6 +122,18 @@ class Fields:
         for item in value:
             if isinstance(item, bool) or item not in values:
                 raise self.refuse(key, f"holds {json.dumps(item)[:40]}; supported: {', '.join(map(str, values))}")
+        return value
+
+    def indices(self, key: str, below: int) -> list[int]:
+        """A list of integers from 0 to below ``below``; absent or null gives none."""
+        value = self.value(key)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise self.refuse(key, f"must be a list, not {json.dumps(value)[:40]}")
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < below:
+                raise self.refuse(key, f"holds {json.dumps(item)[:40]}: must be between 0 and {below - 1}")
         return value
 
     def numbers(self, key: str, length: int, *, most: float = math.inf) -> list[float]:

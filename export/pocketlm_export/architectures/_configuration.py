@@ -16,11 +16,13 @@ __all__ = [
     "LayerConfig",
     "layer_windows",
     "read_decoder",
+    "read_experts",
     "read_window",
     "with_windows",
 ]
 
 MOST_LAYERS = 1024
+MOST_EXPERTS = 4096
 SUPPRESSING_BIAS = "lm_head.suppressing_bias"
 # transformers' names of the activations that the graph has.
 ACTIVATIONS: Mapping[str, str] = {
@@ -57,8 +59,8 @@ class DecoderConfig:
     """The mathematics of a decoder. ``context_length`` is the longest the model was made for.
 
     ``layer_norm``: norms are layer norms with a bias, else RMS norms times weight + ``norm_offset``. ``residual_scale``
-    is on what attention and MLP add; ``attention_scale`` None is 1/sqrt(head_dim). ``suppressed_ids`` are never to be chosen:
-    the weight :data:`SUPPRESSING_BIAS` of the head, which no file has, sees to it.
+    is on what attention and MLP add; ``attention_scale`` None is 1/sqrt(head_dim). ``suppressed_ids`` are never to be
+    chosen: the head's bias :data:`SUPPRESSING_BIAS`, which no file has, sees to it.
     """
 
     model_type: str
@@ -93,12 +95,13 @@ class DecoderConfig:
 class Defaults:
     """What a class of transformers assumes for an absent key, and how it spells those that not all spell alike.
 
-    None: as many as heads, or hidden/heads. ``activations`` maps the names that the class may use to the graph's kinds.
+    None: as many as heads, or hidden/heads; a rope that the architecture reads itself. ``activations`` maps the names
+    that the class may use to the graph's kinds.
     """
 
     kv_heads: int | None = None
     head_dim: int | None = None
-    rope: RopeDefaults = field(default_factory=RopeDefaults)
+    rope: RopeDefaults | None = field(default_factory=RopeDefaults)
     tied: bool = False
     norm_epsilon: float = 1e-6
     epsilon_key: str = "rms_norm_eps"
@@ -116,14 +119,14 @@ def read_decoder(fields: Fields, defaults: Defaults = Defaults()) -> DecoderConf
     hidden_size = fields.integer("hidden_size", most=1 << 20)
     kv_heads = (
         heads
-        if _is_null(fields, "num_key_value_heads")
+        if fields.is_null("num_key_value_heads")
         else fields.integer("num_key_value_heads", defaults.kv_heads or heads)
     )
     if heads % kv_heads:
         raise fields.refuse("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} attention heads")
     head_dim = _head_dim(fields, hidden_size, heads, defaults)
     context_length = fields.integer("max_position_embeddings", most=1 << 30)
-    layer = LayerConfig(read_rotary(fields, head_dim, context_length, defaults.rope), None)
+    rotary = None if defaults.rope is None else read_rotary(fields, head_dim, context_length, defaults.rope)
     return DecoderConfig(
         model_type=fields.value("model_type"),
         vocabulary_size=fields.integer("vocab_size", most=1 << 24),
@@ -135,17 +138,13 @@ def read_decoder(fields: Fields, defaults: Defaults = Defaults()) -> DecoderConf
         norm_epsilon=fields.number(defaults.epsilon_key, defaults.norm_epsilon, most=LARGEST_NUMBER),
         context_length=context_length,
         tied=fields.flag("tie_word_embeddings", defaults.tied),
-        layers=(layer,) * fields.integer("num_hidden_layers", most=MOST_LAYERS),
+        layers=(LayerConfig(rotary, None),) * fields.integer("num_hidden_layers", most=MOST_LAYERS),
         activation=defaults.activations[activation],
     )
 
 
-def _is_null(fields: Fields, key: str) -> bool:
-    return key in fields and fields.value(key) is None
-
-
 def _head_dim(fields: Fields, hidden_size: int, heads: int, defaults: Defaults) -> int:
-    fallback = None if _is_null(fields, "head_dim") else defaults.head_dim
+    fallback = None if fields.is_null("head_dim") else defaults.head_dim
     if fallback is None and fields.value("head_dim") is None:
         if hidden_size % heads:
             raise fields.refuse("hidden_size", f"is {hidden_size}, which the {heads} attention heads don't divide")
@@ -166,6 +165,18 @@ def with_windows(config: DecoderConfig, windows: Sequence[int | None]) -> Decode
     """``config`` with the window of each layer."""
     layers = tuple(replace(layer, window=window) for layer, window in zip(config.layers, windows, strict=True))
     return replace(config, layers=layers)
+
+
+def read_experts(
+    fields: Fields, *, count: int, chosen: int, intermediate_size: int, renormalize: bool
+) -> ExpertsConfig:
+    """A mixture of experts; ``count`` and ``chosen`` are what absence means. Their number has two names."""
+    names = [key for key in ("num_local_experts", "num_experts") if fields.value(key) is not None]
+    counts = [fields.integer(key, most=MOST_EXPERTS) for key in names] or [count]
+    if counts[0] != counts[-1]:
+        raise fields.refuse(names[0], f"is {counts[0]} but {names[-1]!r} is {counts[-1]}: which one was meant?")
+    chosen = fields.integer("num_experts_per_tok", chosen, most=counts[0])
+    return ExpertsConfig(counts[0], chosen, intermediate_size, renormalize)
 
 
 def layer_windows(fields: Fields, layers: int, window: int | None, default_types: list[str]) -> list[int | None]:
