@@ -129,6 +129,12 @@ class BundleWriter:
         """Where the bundle lies until :meth:`commit`; whole once there is a manifest."""
         return self._folder
 
+    def scratch(self, name: str) -> Path:
+        """A new empty folder that is no part of the bundle, and goes with the export."""
+        path = self._scratch / name
+        path.mkdir()
+        return path
+
     def folder(self, name: str) -> Path:
         """A new empty folder of the bundle."""
         path = self._folder / name
@@ -140,7 +146,7 @@ class BundleWriter:
         folder = self.folder("tokenizer")
         for name, path in checkpoint.tokenizer_files.items():
             shutil.copyfile(path, folder / name)
-        for path in sorted((checkpoint.folder / "additional_chat_templates").glob("*.jinja")):
+        for path in sorted((checkpoint.tokenizer_folder / "additional_chat_templates").glob("*.jinja")):
             (folder / path.parent.name).mkdir(exist_ok=True)
             shutil.copyfile(path, folder / path.parent.name / path.name)
 

@@ -84,4 +84,7 @@ def _weight_bytes(graph: Graph, scheme: SchemeName) -> int:
 def _has_chat_template(checkpoint: Checkpoint) -> bool:
     from pocketlm.template import ChatTemplate
 
-    return ChatTemplate.open(checkpoint.folder) is not None
+    # With a tokenizer that has to be made a template is made too.
+    return (
+        "tokenizer.json" not in checkpoint.tokenizer_files or ChatTemplate.open(checkpoint.tokenizer_folder) is not None
+    )

@@ -13,7 +13,7 @@ from pocketlm_export.bundling import BundleWriter
 from pocketlm_export.checkpoint.adapter import with_adapter
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from pocketlm_export.checkpoint.hub import locate
-from pocketlm_export.checkpoint.text import open_text, with_tokenizer_stop
+from pocketlm_export.checkpoint.text import open_text, with_tokenizer, with_tokenizer_stop
 from pocketlm_export.disk_space import require_space
 from pocketlm_export.golden import write_golden
 from pocketlm_export.options import DEFAULT_CONTEXT, ExportOptions
@@ -47,6 +47,7 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
         if options.adapter is not None:
             checkpoint = with_adapter(checkpoint, options.adapter, options.accept)
         context = resolve_context(checkpoint, options.context)
+        checkpoint = with_tokenizer(checkpoint, writer.scratch("tokenizer"))
         text = open_text(checkpoint, options.accept)
         checkpoint = replace(checkpoint, generation=with_tokenizer_stop(checkpoint.generation, text.tokenizer))
 

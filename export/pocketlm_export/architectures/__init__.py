@@ -11,12 +11,19 @@ from difflib import get_close_matches
 from typing import Protocol
 
 from pocketlm.errors import UnsupportedError
-from pocketlm_export.architectures._configuration import DecoderConfig
+from pocketlm_export.architectures._configuration import SUPPRESSING_BIAS, DecoderConfig
 from pocketlm_export.architectures._decoder import Decoder
 from pocketlm_export.fields import Fields
 from pocketlm_export.graph.graph import Graph
 
-__all__ = ["Architecture", "DecoderConfig", "build_graph", "known_architectures", "load_architecture"]
+__all__ = [
+    "SUPPRESSING_BIAS",
+    "Architecture",
+    "DecoderConfig",
+    "build_graph",
+    "known_architectures",
+    "load_architecture",
+]
 
 
 class Architecture(Protocol):

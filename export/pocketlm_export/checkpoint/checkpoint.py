@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import CheckpointError, UnsupportedError
-from pocketlm_export.architectures import DecoderConfig, load_architecture
+from pocketlm_export.architectures import SUPPRESSING_BIAS, DecoderConfig, load_architecture
+from pocketlm_export.checkpoint.constant import ConstantVector, suppressing_bias
 from pocketlm_export.checkpoint.generation import Generation, read_generation
 from pocketlm_export.checkpoint.low_rank import LowRankChange
 from pocketlm_export.checkpoint.neutral import NEUTRAL_KEYS, NEUTRAL_TENSORS
+from pocketlm_export.checkpoint.phi3small_tokenizer import VOCABULARY
 from pocketlm_export.checkpoint.tensors import FLOAT_TYPES, TensorFile, foreign_format, open_shards
 from pocketlm_export.fields import Fields, read_json
 from pocketlm_export.graph.graph import WeightInfo
@@ -22,6 +24,7 @@ from pocketlm_export.selection import selected, tensor_of
 __all__ = ["Checkpoint", "Tensors", "open_checkpoint", "read_configuration"]
 
 Floats = npt.NDArray[np.float32]
+TensorSource = TensorFile | ConstantVector
 QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
 OLD_PHI_KEYS = ("n_embd", "n_head", "n_layer", "n_inner", "n_positions")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -35,7 +38,7 @@ class Tensors:
     value and every digest.
     """
 
-    def __init__(self, files: Mapping[str, TensorFile], changes: Mapping[str, LowRankChange] | None = None) -> None:
+    def __init__(self, files: Mapping[str, TensorSource], changes: Mapping[str, LowRankChange] | None = None) -> None:
         self._files = files
         self._changes = changes or {}
         self._digests: dict[str, str] = {}
@@ -51,7 +54,7 @@ class Tensors:
         shape = self._files[tensor].tensors[tensor].shape
         return selection is None or (len(shape) > 0 and selection.fits(shape[0]))
 
-    def source(self, name: str) -> TensorFile:
+    def source(self, name: str) -> TensorSource:
         """The file that holds ``name``."""
         return self._files[tensor_of(name)]
 
@@ -135,6 +138,11 @@ class Checkpoint:
     license_files: Mapping[str, Path]
     adapter: Path | None = None
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer's files lie: ``folder``, unless they had to be made."""
+        return next(iter(self.tokenizer_files.values())).parent
+
     def digest(self, weights: Collection[str]) -> str:
         """sha256 over config.json and the content of ``weights``."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
@@ -200,13 +208,16 @@ def open_checkpoint(folder: Path, accept: Collection[str] = ()) -> Checkpoint:
     fields, config = read_configuration(folder, accept)
     generation_path = folder / "generation_config.json"
     generation = Fields(read_json(generation_path), str(generation_path)) if generation_path.exists() else None
-    tensors = Tensors(open_shards(folder))
+    files: dict[str, TensorSource] = {**open_shards(folder)}
+    if config.suppressed_ids:
+        files[SUPPRESSING_BIAS] = suppressing_bias(folder / "config.json", SUPPRESSING_BIAS, config)
+    tensors = Tensors(files)
     return Checkpoint(
         folder=folder,
         config=config,
         generation=read_generation(fields, generation, config.vocabulary_size),
         tensors=tensors,
-        tokenizer_files=_tokenizer_files(folder),
+        tokenizer_files=_tokenizer_files(folder, config.model_type),
         license_files={path.name: path for path in sorted(folder.iterdir()) if _is_license(path)},
     )
 
@@ -276,14 +287,17 @@ def _check_head(fields: Fields) -> None:
         raise UnsupportedError(f"{fields.source}: an old Phi configuration: save it again with transformers >= 4.37")
 
 
-def _tokenizer_files(folder: Path) -> dict[str, Path]:
+def _tokenizer_files(folder: Path, model_type: str) -> dict[str, Path]:
     files = {name: folder / name for name in TEXT_LIKE_FILES if (folder / name).exists()}
+    if "tokenizer.json" not in files and model_type == "phi3small" and (folder / VOCABULARY).exists():
+        files[VOCABULARY] = folder / VOCABULARY
     for path in (*files.values(), *(folder / "additional_chat_templates").glob("*.jinja")):
         if not path.is_file():
             raise CheckpointError(f"{path}: not a regular file")
-    if "tokenizer.json" not in files:
+    if not files.keys() & {"tokenizer.json", VOCABULARY}:
+        missing = f"tokenizer.json and no {VOCABULARY}" if model_type == "phi3small" else "tokenizer.json"
         raise CheckpointError(
-            f"{folder}: no tokenizer.json. Save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            f"{folder}: no {missing}. Save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return files
 
