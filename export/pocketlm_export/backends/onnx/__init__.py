@@ -13,6 +13,7 @@ from pathlib import Path
 from pocketlm.errors import UnsupportedError
 from pocketlm_export.backends.base import Artifact, Lowering
 from pocketlm_export.backends.onnx.attention import lowered
+from pocketlm_export.backends.onnx.block_mask import BLOCK_SIZES
 from pocketlm_export.backends.onnx.layout import DATA_FILE
 from pocketlm_export.backends.onnx.writer import write_data
 from pocketlm_export.graph.graph import (
@@ -71,8 +72,15 @@ def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
                 )
             case Attention() if node.rotary is not None and 2 * len(node.rotary.frequencies) > node.head_dim:
                 raise UnsupportedError(f"onnx: layer {node.layer} rotates more than its head size of {node.head_dim}")
-            case Attention() if node.sparsity is not None:
-                raise UnsupportedError(f"onnx: layer {node.layer}: block-sparse attention is not supported")
+            case Attention() if node.sparsity is not None and (node.window is not None or node.softcap is not None):
+                raise UnsupportedError(
+                    f"onnx: layer {node.layer}: block-sparse attention with a window or a soft cap is not supported"
+                )
+            case Attention() if node.sparsity is not None and node.sparsity.block_size not in BLOCK_SIZES:
+                raise UnsupportedError(
+                    f"onnx: layer {node.layer}: sparse blocks of {node.sparsity.block_size} positions are not "
+                    f"supported; supported: {', '.join(map(str, BLOCK_SIZES))}"
+                )
             case _ if not isinstance(node, LOWERED):
                 raise UnsupportedError(f"onnx: {type(node).__name__} is not supported")
     shapes = {(node.kv_heads, node.head_dim) for node in graph.attentions}

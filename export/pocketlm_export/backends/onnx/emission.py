@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pocketlm_export.backends.onnx.attention import cache_head_dim
-from pocketlm_export.backends.onnx.layout import DATA_FILE, Codes, Content, Layout, Region, Table, Vector
+from pocketlm_export.backends.onnx.layout import DATA_FILE, BlockMask, Codes, Content, Layout, Region, Table, Vector
 from pocketlm_export.graph.graph import Attention, Graph, Value, WeightInfo
 
 __all__ = ["MICROSOFT", "Emission", "tensor_value"]
@@ -89,6 +89,12 @@ class Emission:
         assert node.rotary is not None
         return [self.stored(Table(node.rotary, self.graph.context_length, part)) for part in ("cos", "sin")]
 
+    def block_mask(self, node: Attention) -> list[ir.Value]:
+        """Rows and columns of a block-sparse layer's mask."""
+        assert node.sparsity is not None
+        context = self.graph.context_length
+        return [self.stored(BlockMask(node.sparsity, node.heads, context, part)) for part in ("rows", "columns")]
+
     def total(self) -> ir.Value:
         """Positions after this call, int64 ``[1]``: the sum of the mask."""
         return self._once(
@@ -142,6 +148,7 @@ def tensor_value(name: str, dtype: ir.DataType, shape: Sequence[int | str], cons
 
 
 def _external(name: str, region: Region, shape: tuple[int, ...]) -> ir.Value:
-    dtype = ir.DataType.UINT8 if isinstance(region.content, Codes) else ir.DataType.FLOAT
+    dtypes: dict[type, ir.DataType] = {Codes: ir.DataType.UINT8, BlockMask: ir.DataType.INT32}
+    dtype = dtypes.get(type(region.content), ir.DataType.FLOAT)
     tensor = ir.ExternalTensor(DATA_FILE, region.offset, region.size, dtype, shape=ir.Shape(shape), name=name)
     return tensor_value(name, dtype, shape, tensor)

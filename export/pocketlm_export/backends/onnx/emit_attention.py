@@ -1,4 +1,5 @@
-"""Attention in GroupQueryAttention of ``com.microsoft``, with what its kernel for CPUs can't do in front of it."""
+"""Attention in GroupQueryAttention of ``com.microsoft``, or in SparseAttention where a layer is block-sparse, with what
+their kernels for CPUs can't do in front of them."""
 
 import onnx_ir as ir
 
@@ -25,24 +26,26 @@ def emit_attention(emission: Emission, node: Attention) -> None:
         value = _pad_heads(emission, emission.values[node.value], f"{name}.value", node.kv_heads, node.head_dim)
     past_key, present_key = emission.cache(node, "key")
     past_value, present_value = emission.cache(node, "value")
-    inputs = [query, key, value, past_key, past_value, emission.last_position(), emission.mask_length()]
+    operands: list[ir.Value | None] = [query, key, value, past_key, past_value]
     attributes: dict[str, int | float] = {
         "num_heads": node.heads,
         "kv_num_heads": node.kv_heads,
         "scale": node.scale,
         "do_rotary": int(inside),
         "rotary_interleaved": 0,
-        "local_window_size": node.window or -1,
-        "softcap": node.softcap or 0.0,
     }
+    if node.sparsity is None:
+        operator = "GroupQueryAttention"
+        operands += [emission.last_position(), emission.mask_length()]
+        attributes |= {"local_window_size": node.window or -1, "softcap": node.softcap or 0.0}
+    else:
+        operator = "SparseAttention"
+        operands += [*emission.block_mask(node), emission.mask_length(), emission.mask_length()]
+        attributes["sparse_block_size"] = node.sparsity.block_size
+    if inside:
+        operands += emission.tables(node)
     mixed = name if width == node.head_dim else f"{name}.padded"
-    y = emission.call(
-        "GroupQueryAttention",
-        [*inputs, *emission.tables(node)] if inside else inputs,
-        [mixed, present_key, present_value],
-        attributes,
-        MICROSOFT,
-    )
+    y = emission.call(operator, operands, [mixed, present_key, present_value], attributes, MICROSOFT)
     emission.presents[present_key], emission.presents[present_value] = emission.last(1), emission.last(2)
     emission.values[node.output] = (
         y if width == node.head_dim else _unpad_heads(emission, y, name, node.heads, node.head_dim)

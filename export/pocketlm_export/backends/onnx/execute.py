@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pocketlm.errors import BundleError, CheckError, PocketLMError, UnsupportedError
 from pocketlm.manifest import Model
-from pocketlm_export.backends.onnx.file import MICROSOFT, OnnxFile, WrittenNode
+from pocketlm_export.backends.onnx.file import ATTENTIONS, OnnxFile, WrittenNode
 from pocketlm_export.backends.onnx.operators import OPERATORS, WITH_MATRIX
 from pocketlm_export.backends.reading import Run, Trace
 
@@ -23,7 +23,6 @@ Array = npt.NDArray[Any]
 Values = Sequence[Array]  # one for each call
 Operator = Callable[[Sequence[Any]], Sequence[Array | None]]
 
-ATTENTION = f"{MICROSOFT}GroupQueryAttention"
 CACHES = slice(3, 5)  # the inputs of an attention that are its buffers
 
 
@@ -144,7 +143,7 @@ def _outputs(
     for index, node in enumerate(file.nodes):
         arguments: list[Values | Array | None] = []
         for position, name in enumerate(node.inputs):
-            if not name or (node.operator == ATTENTION and position in (3, 4)):
+            if not name or (node.operator in ATTENTIONS and position in (3, 4)):
                 arguments.append(None)
             elif name in constants:
                 arguments.append(file.constant(name))
@@ -152,7 +151,7 @@ def _outputs(
                 arguments.append(values[name])
             else:
                 raise BundleError(f"{file.path}: {node.name}: reads {name!r}, which nothing has made")
-        if node.operator == ATTENTION:
+        if node.operator in ATTENTIONS:
             results = caches.attend(file, node, arguments)
         elif node.operator in WITH_MATRIX:
             results = _together(file, node, arguments)

@@ -9,14 +9,15 @@ import numpy as np
 from pocketlm.errors import BundleError, CheckError
 from pocketlm.manifest import Manifest
 from pocketlm_export.backends.onnx.experts import MIXTURES
-from pocketlm_export.backends.onnx.file import MICROSOFT, OnnxFile, WrittenNode
+from pocketlm_export.backends.onnx.file import ATTENTIONS, MICROSOFT, OnnxFile, WrittenNode
 from pocketlm_export.backends.onnx.matrices import quantized_matrices
 from pocketlm_export.backends.reading import Fact
 
 FactValue = int | float | str | None
 
-__all__ = ["check_same_place", "facts"]
+__all__ = ["SPARSE", "check_same_place", "facts"]
 
+SPARSE = f"{MICROSOFT}SparseAttention"
 ROTATION = f"{MICROSOFT}RotaryEmbedding"
 DEFAULT_EPSILON = {
     "RMSNormalization": 1e-5,
@@ -34,8 +35,10 @@ def facts(decoder: OnnxFile, head: OnnxFile, manifest: Manifest) -> Iterator[Fac
     """
     tables: set[str] = set()
     for node in decoder.nodes:
-        if node.operator == f"{MICROSOFT}GroupQueryAttention":
+        if node.operator in ATTENTIONS:
             tables.update(name for rotation in _rotations(decoder, node) for name in rotation)
+            if node.operator == SPARSE:
+                tables.update((node.input(5), node.input(6)))
             yield from _attention(decoder, node)
     counted, repeated = _counted(decoder), _counted(head)
     for kind, stated in counted.items():
@@ -128,7 +131,8 @@ def _padding(file: OnnxFile, node: WrittenNode) -> int:
 def _rotations(file: OnnxFile, node: WrittenNode) -> list[tuple[str, str]]:
     """The tables, cosine and sine, that rotate a layer's queries and keys: one pair if they are the same."""
     if node.attributes.get("do_rotary", 0):
-        return [(node.input(7), node.input(8))]
+        first = 9 if node.operator == SPARSE else 7
+        return [(node.input(first), node.input(first + 1))]
     found = [
         (maker.input(2), maker.input(3))
         for value in (node.input(0), node.input(1))

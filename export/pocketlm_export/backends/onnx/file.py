@@ -14,9 +14,10 @@ import onnx
 from pocketlm.errors import BundleError, UnsupportedError
 from pocketlm_export.selection import RowSelection, selected
 
-__all__ = ["MICROSOFT", "OnnxFile", "WrittenNode"]
+__all__ = ["ATTENTIONS", "MICROSOFT", "OnnxFile", "WrittenNode"]
 
 MICROSOFT = "com.microsoft."
+ATTENTIONS = (f"{MICROSOFT}GroupQueryAttention", f"{MICROSOFT}SparseAttention")
 # The versions of the operators' documentation that reading and execution follow.
 OPSETS = {"": 23, "com.microsoft": 1}
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pocketlm.errors import CheckError, UnsupportedError
 
-__all__ = ["group_query_attention", "rotary_embedding"]
+__all__ = ["attend", "group_query_attention", "rotary_embedding", "split_heads", "stored"]
 
 Array = npt.NDArray[Any]
 
@@ -45,34 +45,61 @@ def group_query_attention(
     """
     if local_window_size == 0 or local_window_size < -1:
         raise UnsupportedError(f"local_window_size {local_window_size} has no meaning; -1 is no window")
-    if num_heads % kv_num_heads:
-        raise CheckError(f"{num_heads} heads don't share {kv_num_heads} key/value heads evenly")
-    q, k, v = _heads(query, key, value, num_heads, kv_num_heads)
-    length, width = q.shape[1:]
+    q, k, v = split_heads(query, key, value, num_heads, kv_num_heads)
+    length = q.shape[1]
     start, stop = _positions(length, int(seqlens_k.reshape(-1)[0]), int(total_sequence_length.reshape(-1)[0]))
-    if stop > past_key.shape[2]:
-        raise CheckError(f"positions {start}..{stop} lie outside the cache of {past_key.shape[2]}")
-    if do_rotary:
-        if cos_cache is None or sin_cache is None:
-            raise CheckError("do_rotary is 1 without tables")
-        tables = _table_rows(cos_cache, start, stop), _table_rows(sin_cache, start, stop)
-        q, k = (_rotated(x, *tables, bool(rotary_interleaved)) for x in (q, k))
-    past_key[0, :, start:stop], past_value[0, :, start:stop] = k, v
-
-    # Query heads of one key/value head stand behind one another.
-    grouped = q.reshape(kv_num_heads, -1, width)
-    scores = grouped @ past_key[0, :, :stop].swapaxes(1, 2) * (scale or width**-0.5)
-    if softcap:
-        scores = softcap * np.tanh(scores / softcap)
+    tables = (cos_cache, sin_cache) if do_rotary else None
+    q = stored(q, k, v, past_key, past_value, start, tables, interleaved=bool(rotary_interleaved))
     positions = np.arange(start, stop)[:, None]
     seen = np.arange(stop) <= positions
     if local_window_size > 0:
         seen &= np.arange(stop) > positions - local_window_size
-    scores = np.where(np.tile(seen, (num_heads // kv_num_heads, 1)), scores, -np.inf)
+    seen = np.broadcast_to(seen, (num_heads, *seen.shape))
+    return attend(q, past_key, past_value, seen, scale, softcap), past_key, past_value
+
+
+def stored(
+    query: Array,
+    key: Array,
+    value: Array,
+    past_key: Array,
+    past_value: Array,
+    start: int,
+    tables: tuple[Array | None, Array | None] | None,
+    *,
+    interleaved: bool,
+) -> Array:
+    """Puts keys and values ``[kv_heads, S, D]`` at ``start`` into the buffers; they and the queries, which are
+    returned, are rotated if there are ``tables``."""
+    stop = start + query.shape[1]
+    if start < 0 or stop > past_key.shape[2]:
+        raise CheckError(f"positions {start}..{stop} lie outside the cache of {past_key.shape[2]}")
+    if tables is not None:
+        cosine, sine = tables
+        if cosine is None or sine is None:
+            raise CheckError("do_rotary is 1 without tables")
+        rows = _table_rows(cosine, start, stop), _table_rows(sine, start, stop)
+        query, key = (_rotated(x, *rows, interleaved) for x in (query, key))
+    past_key[0, :, start:stop], past_value[0, :, start:stop] = key, value
+    return query
+
+
+def attend(
+    query: Array, past_key: Array, past_value: Array, seen: npt.NDArray[np.bool_], scale: float, softcap: float = 0.0
+) -> Array:
+    """``[1, S, heads * D]`` of queries ``[heads, S, D]`` over the first positions of the buffers; ``seen``
+    ``[heads, S, positions]``."""
+    heads, length, width = query.shape
+    kv_heads, stop = past_key.shape[1], seen.shape[2]
+    # Query heads of one key/value head stand behind one another.
+    scores = query.reshape(kv_heads, -1, width) @ past_key[0, :, :stop].swapaxes(1, 2) * (scale or width**-0.5)
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    scores = np.where(seen.reshape(kv_heads, -1, stop), scores, -np.inf)
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     scores /= scores.sum(-1, keepdims=True)
-    mixed = (scores @ past_value[0, :, :stop]).reshape(num_heads, length, width)
-    return mixed.swapaxes(0, 1).reshape(1, length, -1), past_key, past_value
+    mixed: Array = (scores @ past_value[0, :, :stop]).reshape(heads, length, width)
+    return mixed.swapaxes(0, 1).reshape(1, length, -1)
 
 
 def rotary_embedding(
@@ -102,10 +129,12 @@ def rotary_embedding(
     return _rotated(heads, *tables, bool(interleaved)).swapaxes(0, 1).reshape(x.shape)
 
 
-def _heads(
+def split_heads(
     query: Array, key: Array | None, value: Array | None, heads: int, kv_heads: int
 ) -> tuple[Array, Array, Array]:
-    """``[heads, S, D]`` of each."""
+    """``[heads, S, D]`` of each; ``query`` holds all three if ``key`` and ``value`` are None."""
+    if heads % kv_heads:
+        raise CheckError(f"{heads} heads don't share {kv_heads} key/value heads evenly")
     if (key is None) != (value is None):
         raise CheckError("key and value must both be inputs, or both lie in the query")
     length = query.shape[1]

@@ -18,6 +18,7 @@ from pocketlm.errors import UnsupportedError
 from pocketlm_export.backends.onnx.experts import experts, quantized_experts, softmax
 from pocketlm_export.backends.onnx.grouped_attention import group_query_attention, rotary_embedding
 from pocketlm_export.backends.onnx.matrices import dequantized, product, row_ranges
+from pocketlm_export.backends.onnx.sparse_attention import sparse_attention
 
 __all__ = ["OPERATORS", "WITH_MATRIX"]
 
@@ -216,6 +217,7 @@ OPERATORS: Mapping[str, Callable[..., Results]] = {
     "com.microsoft.MoE": experts,
     "com.microsoft.QMoE": quantized_experts,
     "com.microsoft.RotaryEmbedding": rotary_embedding,
+    "com.microsoft.SparseAttention": sparse_attention,
     "com.microsoft.SkipLayerNormalization": skip_layer_normalization,
     "com.microsoft.SkipSimplifiedLayerNormalization": skip_simplified_layer_normalization,
 }

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import onnx
 
-from pocketlm_export.backends.onnx.file import MICROSOFT, OnnxFile
+from pocketlm_export.backends.onnx.file import ATTENTIONS, OnnxFile
 
 __all__ = ["LARGEST_PIECE", "Piece", "cut_pieces", "submodel"]
 
 LARGEST_PIECE = 512 << 20  # bytes of constants, unless one layer has more
-ATTENTION = "GroupQueryAttention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ def _groups(file: OnnxFile, model: onnx.ModelProto) -> list[list[onnx.NodeProto]
 
 
 def _is_attention(node: onnx.NodeProto) -> bool:
-    return f"{node.domain}.{node.op_type}" == f"{MICROSOFT}{ATTENTION}"
+    return f"{node.domain}.{node.op_type}" in ATTENTIONS
 
 
 def _independent_of_tokens(model: onnx.ModelProto) -> list[onnx.NodeProto]:

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketlm_export.backends.onnx.layout import Codes, Content, Layout, Matrix, Region, Scales, Table, Vector
+from pocketlm_export.backends.onnx.layout import (
+    BlockMask,
+    Codes,
+    Content,
+    Layout,
+    Matrix,
+    Region,
+    Scales,
+    Table,
+    Vector,
+)
 from pocketlm_export.graph.rotary import rotary_tables
 from pocketlm_export.quantization.store import QuantizedTensor
 from pocketlm_export.quantization.weights import Weights
@@ -48,6 +58,8 @@ def _blocks(content: Content, weights: Weights) -> Blocks:
         case Table():
             cosine, sine = rotary_tables(content.rotary, content.length)
             return iter([cosine if content.part == "cos" else sine])
+        case BlockMask():
+            return iter([content.indices()])
 
 
 def _codes(content: Codes, weights: Weights) -> Blocks:
