@@ -1,0 +1,151 @@
+"""The meaning of a .pte: every attribute of the graph, written, stated, executed in float64 and run by ExecuTorch,
+against the float64 reference."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pocketlm_export.architectures import build_graph
+from pocketlm_export.backends import executorch as backend
+from pocketlm_export.backends.base import Lowering
+from pocketlm_export.backends.executorch.read import ExecuTorchReader
+from pocketlm_export.backends.executorch.reading.pte import PteFile
+from pocketlm_export.backends.reading import Call, Past, Run
+from pocketlm_export.checkpoint.checkpoint import open_checkpoint
+from pocketlm_export.graph.builder import GraphBuilder
+from pocketlm_export.graph.graph import (
+    Activation,
+    Attention,
+    BlockSparsity,
+    Clamp,
+    Graph,
+    LayerNorm,
+    Multiply,
+    Node,
+    RmsNorm,
+    Scale,
+    Value,
+)
+from pocketlm_export.graph.rotary import Rotary, default_frequencies
+from pocketlm_export.quantization.schemes import assign_rows
+from pocketlm_export.quantization.store import WeightStore
+from pocketlm_export.quantization.weights import quantize
+from pocketlm_export.verify.comparison import cache_deviations, logit_deviations
+from pocketlm_export.verify.lockstep import Lane, run_lanes
+from pocketlm_export.verify.structure import expected
+
+TOKENS = (7, 300, 12, 45, 99, 7, 8, 250, 31, 6, 19, 77, 200, 5, 42, 9)
+RUNS = (
+    Run("two prompts and single tokens", (Call(TOKENS[:9], 8), Call(TOKENS[9:14], 5), *(Call((t,), 1) for t in TOKENS[14:]))),
+    *(Run(f"cache of {past}", (Call(TOKENS[:3], 3), Call(TOKENS[3:4], 1)), Past(past)) for past in (2, 31, 150)),
+)  # fmt: skip
+EXACT = 1e-10  # of the deviation: one in 5e10 is how well float32 holds the constants of a tanh-gelu
+FLOAT32 = 3e-5
+
+
+@pytest.fixture(scope="module")
+def lowering(tiny_checkpoint, tmp_path_factory) -> Lowering:
+    checkpoint = open_checkpoint(tiny_checkpoint("qwen3-biases")[0])
+    graph = build_graph(checkpoint.config, checkpoint.config.context_length)
+    store = WeightStore(tmp_path_factory.mktemp("store"))
+    weights = quantize(checkpoint.tensors, assign_rows(graph, "fp32", "int8"), store)
+    return Lowering(graph, weights, checkpoint.config, checkpoint.generation, checkpoint.tokenizer_files)
+
+
+def altered(graph: Graph, changed: type, **changes) -> Graph:
+    return replace(graph, nodes=tuple(replace(n, **changes) if isinstance(n, changed) else n for n in graph.nodes))
+
+
+def followed(graph: Graph, kind: type, make: Callable[..., Node]) -> Graph:
+    """``make(x=, output=)`` behind each node of ``kind``, but for the last norm."""
+    nodes: list[Node] = []
+    for node in graph:
+        if isinstance(node, kind) and node.output != graph.head.x:
+            inner = Value(f"{node.output.name}_inner", node.output.shape)
+            nodes += [replace(node, output=inner), make(x=inner, output=node.output)]
+        else:
+            nodes.append(node)
+    return replace(graph, nodes=tuple(nodes))
+
+
+def with_layer_norms(graph: Graph, biased: bool) -> Graph:
+    """In the place of RMS norms; another norm's weight is the bias."""
+    bias = next(node.weight for node in graph if isinstance(node, RmsNorm))
+    nodes = [
+        LayerNorm(x=n.x, weight=n.weight, bias=bias if biased else None, epsilon=n.epsilon, output=n.output)
+        if isinstance(n, RmsNorm)
+        else n
+        for n in graph
+    ]
+    return replace(graph, nodes=tuple(nodes))
+
+
+def with_capped_logits(graph: Graph) -> Graph:
+    builder = GraphBuilder()
+    logits = builder.softcap(builder.scale(graph.logits, 0.25), 2.0)
+    return replace(graph, nodes=graph.nodes + builder.graph(logits, 1).nodes, logits=logits)
+
+
+ALTERATIONS: dict[str, Callable[[Graph], Graph]] = {
+    "soft cap": lambda graph: altered(graph, Attention, softcap=1.7),
+    "soft cap and a window": lambda graph: altered(graph, Attention, softcap=1.7, window=5),
+    "soft cap of one layer": lambda graph: replace(
+        graph, nodes=tuple(replace(n, softcap=3.1) if isinstance(n, Attention) and n.layer == 1 else n for n in graph)
+    ),
+    "another scale": lambda graph: altered(graph, Attention, scale=0.1),
+    "a window of one": lambda graph: altered(graph, Attention, window=1),
+    "sparse blocks": lambda graph: altered(graph, Attention, sparsity=BlockSparsity(2, 1, 3, 1)),
+    "sparse blocks alike": lambda graph: altered(graph, Attention, sparsity=BlockSparsity(4, 2, 2, 0)),
+    "sparse blocks under a soft cap": lambda graph: altered(
+        graph, Attention, sparsity=BlockSparsity(3, 2, 5, 2), softcap=1.7
+    ),
+    "weights from zero": lambda graph: altered(graph, RmsNorm, offset=1.0),
+    "norms of heads from zero": lambda graph: altered(graph, Attention, norm_offset=1.0),
+    "no query norm": lambda graph: altered(graph, Attention, query_norm=None),
+    "layer norms": lambda graph: with_layer_norms(graph, biased=False),
+    "layer norms with biases": lambda graph: with_layer_norms(graph, biased=True),
+    "scales": lambda graph: followed(graph, Multiply, partial(Scale, factor=-0.3)),
+    "a scale behind a norm": lambda graph: followed(graph, RmsNorm, partial(Scale, factor=0.22)),
+    "a least": lambda graph: followed(graph, Multiply, partial(Clamp, least=-0.1, most=None)),
+    "a most": lambda graph: followed(graph, Multiply, partial(Clamp, least=None, most=0.3)),
+    "a least and a most": lambda graph: followed(graph, Multiply, partial(Clamp, least=-0.1, most=0.3)),
+    "scaled and capped logits": with_capped_logits,
+    "no rotation": lambda graph: altered(graph, Attention, rotary=None),
+    "rotation of a part, scaled": lambda graph: altered(
+        graph, Attention, rotary=Rotary(default_frequencies(1e4, 10), 1.19)
+    ),
+    **{kind: lambda graph, kind=kind: altered(graph, Activation, kind=kind) for kind in backend.ACTIVATIONS},
+}
+
+
+def write(lowering: Lowering, graph: Graph, folder: Path) -> ExecuTorchReader:
+    backend.check(graph, dict.fromkeys(graph.weights()))
+    config = replace(lowering.config, vocabulary_size=graph.logits.width)
+    backend.write(replace(lowering, graph=graph, config=config), folder)
+    return ExecuTorchReader(PteFile(folder / "model.pte"))
+
+
+def largest(reference, traces) -> float:
+    """Of the logits, and of cached keys and values, in units of their deviation."""
+    found = [*logit_deviations(RUNS, reference, traces).values()]
+    if traces[0] is not None and traces[0].keys:
+        found += cache_deviations(RUNS, reference, traces).values()
+    return max(deviation.largest for deviation in found)
+
+
+@pytest.mark.parametrize("alteration", ALTERATIONS)
+def test_every_attribute_means_what_the_graph_says(alteration, lowering, tmp_path):
+    graph = ALTERATIONS[alteration](lowering.graph)
+    reader = write(lowering, graph, tmp_path)
+    stated = {(fact.node, fact.name): fact.value for fact in reader.facts()}
+    wanted = expected(graph, reader.stored)
+    assert stated.keys() == wanted.keys()
+    assert all((stated[key] == value) is True for key, value in wanted.items() if key[1] not in ("cosine", "sine"))
+    lane = Lane(name="reference", runs=RUNS, weights=lowering.weights, stored=reader.stored)
+    reference = run_lanes(graph, [lane])["reference"]
+    traces = reader.execute(RUNS)
+    assert largest(reference, traces) < EXACT
+    assert largest(traces, reader.meaning(RUNS)) < FLOAT32
