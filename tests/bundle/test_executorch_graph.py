@@ -39,7 +39,7 @@ from pocketlm_export.verify.structure import expected
 
 TOKENS = (7, 300, 12, 45, 99, 7, 8, 250, 31, 6, 19, 77, 200, 5, 42, 9)
 RUNS = (
-    Run("two prompts and single tokens", (Call(TOKENS[:9], 8), Call(TOKENS[9:14], 5), *(Call((t,), 1) for t in TOKENS[14:]))),
+    Run("two prompts and tokens", (Call(TOKENS[:9], 8), Call(TOKENS[9:14], 5), *(Call((t,), 1) for t in TOKENS[14:]))),
     *(Run(f"cache of {past}", (Call(TOKENS[:3], 3), Call(TOKENS[3:4], 1)), Past(past)) for past in (2, 31, 150)),
 )  # fmt: skip
 EXACT = 1e-10  # of the deviation: one in 5e10 is how well float32 holds the constants of a tanh-gelu
