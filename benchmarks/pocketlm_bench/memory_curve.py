@@ -19,7 +19,8 @@ from pocketlm.errors import InputError
 from pocketlm.machine import circumstances, machine_facts
 from pocketlm.manifest import SchemeName
 from pocketlm_bench.measured_export import MeasuredExport, export_measured
-from pocketlm_bench.synthetic import shape_named, write_checkpoint
+from pocketlm_bench.shapes import shape_named
+from pocketlm_bench.synthetic import write_checkpoint
 from pocketlm_export.backends.base import TARGETS
 from pocketlm_export.options import ExportOptions
 

@@ -11,7 +11,6 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Annotated, Any
@@ -22,45 +21,13 @@ import typer
 
 from pocketlm.cli.console import reported
 from pocketlm.errors import InputError
+from pocketlm_bench.shapes import SHAPES, shape_named
+from pocketlm_bench.synthetic_tensors import OUTLIER_CHANNELS, SyntheticTensor, synthetic_tensors
 
-__all__ = ["SHAPES", "shape_named", "write_checkpoint"]
-
-# config.json of Qwen/Qwen2.5-0.5B-Instruct, meta-llama/Llama-3.2-1B-Instruct and mistralai/Mistral-7B-v0.1, as far as
-# it says something about the model.
-SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "Qwen2.5-0.5B": {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
-        "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",
-        "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 21, "tie_word_embeddings": True,
-        "bos_token_id": 151643, "eos_token_id": 151645, "torch_dtype": "bfloat16",
-    },
-    "Llama-3.2-1B": {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048,
-        "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
-        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "torch_dtype": "bfloat16",
-    },
-    "Mistral-7B": {
-        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096,
-        "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-        "torch_dtype": "bfloat16",
-    },
-}  # fmt: skip
+__all__ = ["checkpoint_bytes", "write_checkpoint"]
 
 SHARD_BYTES = 5_000_000_000
 BLOCK_VALUES = 1 << 22
-BYTES_PER_VALUE = 2
-
-OUTLIER_CHANNELS = 4  # of the residual stream; together they are about as large as all others
-LOGITS_DEVIATION = 2.0
 
 ROLES = ("<|user|>", "<|assistant|>", "<|system|>")
 TEMPLATE = (
@@ -72,37 +39,17 @@ TEMPLATE = (
 STANDARD_NORMAL = np.array([NormalDist().inv_cdf((index + 0.5) / 65536) for index in range(65536)], np.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """Values are ``mean + deviation * normal``; ``outlier_gain`` multiplies them at the outlier channels, which are
-    rows of a matrix and elements of a vector."""
-
-    shape: tuple[int, ...]
-    deviation: float
-    mean: float = 0.0
-    outlier_gain: float = 1.0
-
-    @property
-    def size(self) -> int:
-        """Bytes in bfloat16."""
-        return math.prod(self.shape) * BYTES_PER_VALUE
-
-
-def shape_named(name: str, layers: int | None = None) -> dict[str, Any]:
-    """The configuration of ``name``, with another number of layers if one is given."""
-    if name not in SHAPES:
-        raise InputError(f"unknown shape {name!r}; valid: {', '.join(SHAPES)}")
-    if layers is not None and layers < 1:
-        raise InputError(f"--layers must be at least 1, not {layers}")
-    return {**SHAPES[name], **({} if layers is None else {"num_hidden_layers": layers})}
+def checkpoint_bytes(name: str, layers: int | None = None) -> int:
+    """Bytes of the weights of ``name``."""
+    return sum(tensor.size for tensor in synthetic_tensors(shape_named(name, layers)).values())
 
 
 def write_checkpoint(config: Mapping[str, Any], folder: Path, *, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write a checkpoint of ``config`` (llama, mistral or qwen2) into ``folder``, which may not exist yet.
+    """Write a checkpoint of ``config`` (of any supported ``model_type``) into ``folder``, which may not exist yet.
 
     Raises :class:`InputError` for a folder that holds something, and for one whose disk is too small.
     """
-    tensors = _tensors(config)
+    tensors = synthetic_tensors(config)
     needed = sum(tensor.size for tensor in tensors.values())
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -126,44 +73,9 @@ def write_checkpoint(config: Mapping[str, Any], folder: Path, *, seed: int = 0, 
     return folder
 
 
-def _tensors(config: Mapping[str, Any]) -> dict[str, _Tensor]:
-    """Every tensor of the model, in the order of the file. Norms keep activations near 1, and what a layer adds to the
-    residual is small enough that all of them together add about 1."""
-    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
-    queries, keys = head_dim * config["num_attention_heads"], head_dim * config["num_key_value_heads"]
-    vocabulary = config["vocab_size"], hidden
-    tied, biases = config["tie_word_embeddings"], config["model_type"] == "qwen2"
-    added, outlier = (2 * layers) ** -0.5, (hidden / OUTLIER_CHANNELS) ** 0.5
-
-    def matrix(rows: int, columns: int, gain: float = 1.0, outlier_gain: float = 1.0) -> _Tensor:
-        return _Tensor((rows, columns), gain * columns**-0.5, outlier_gain=outlier_gain)
-
-    norm = _Tensor((hidden,), 0.1, mean=1.0, outlier_gain=1 / outlier)
-    head = _Tensor(vocabulary, LOGITS_DEVIATION * hidden**-0.5)
-    tensors = {"model.embed_tokens.weight": head if tied else _Tensor(vocabulary, 1.0)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        tensors[f"{prefix}input_layernorm.weight"] = norm
-        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
-            tensors[f"{prefix}self_attn.{name}_proj.weight"] = matrix(rows, hidden)
-            if biases:
-                tensors[f"{prefix}self_attn.{name}_proj.bias"] = _Tensor((rows,), 0.1)
-        tensors[f"{prefix}self_attn.o_proj.weight"] = matrix(hidden, queries, added)
-        tensors[f"{prefix}post_attention_layernorm.weight"] = norm
-        tensors[f"{prefix}mlp.gate_proj.weight"] = matrix(inner, hidden)
-        tensors[f"{prefix}mlp.up_proj.weight"] = matrix(inner, hidden)
-        # The outliers appear in the first layer and stay, as those of trained models do.
-        tensors[f"{prefix}mlp.down_proj.weight"] = matrix(hidden, inner, added, outlier / added if layer == 0 else 1.0)
-    tensors["model.norm.weight"] = norm
-    if not tied:
-        tensors["lm_head.weight"] = head
-    return tensors
-
-
-def _shards(tensors: Mapping[str, _Tensor], limit: int) -> list[dict[str, _Tensor]]:
+def _shards(tensors: Mapping[str, SyntheticTensor], limit: int) -> list[dict[str, SyntheticTensor]]:
     """The tensors in files of at most ``limit`` bytes, or of one tensor that is larger."""
-    shards: list[dict[str, _Tensor]] = [{}]
+    shards: list[dict[str, SyntheticTensor]] = [{}]
     room = limit
     for name, tensor in tensors.items():
         if shards[-1] and tensor.size > room:
@@ -174,7 +86,9 @@ def _shards(tensors: Mapping[str, _Tensor], limit: int) -> list[dict[str, _Tenso
     return shards
 
 
-def _write_shard(path: Path, tensors: Mapping[str, _Tensor], outliers: npt.NDArray[np.int64], seed: int) -> None:
+def _write_shard(
+    path: Path, tensors: Mapping[str, SyntheticTensor], outliers: npt.NDArray[np.int64], seed: int
+) -> None:
     """https://github.com/huggingface/safetensors#format"""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -194,22 +108,25 @@ def _write_shard(path: Path, tensors: Mapping[str, _Tensor], outliers: npt.NDArr
                 file.write(block.data)
 
 
-def _blocks(name: str, tensor: _Tensor, outliers: npt.NDArray[np.int64], seed: int) -> Iterator[npt.NDArray[np.uint16]]:
+def _blocks(
+    name: str, tensor: SyntheticTensor, outliers: npt.NDArray[np.int64], seed: int
+) -> Iterator[npt.NDArray[np.uint16]]:
     """The tensor's values as bfloat16 bit patterns, a block of rows at a time; they depend on seed and name alone."""
     source = np.random.PCG64(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()))
-    ordinary = _to_bfloat16(tensor.mean + tensor.deviation * STANDARD_NORMAL)
-    outlying = _to_bfloat16(tensor.outlier_gain * (tensor.mean + tensor.deviation * STANDARD_NORMAL))
+    values = tensor.mean + tensor.deviation * STANDARD_NORMAL
+    ordinary = _to_bfloat16(values - tensor.offset)
+    outlying = _to_bfloat16(tensor.outlier_gain * values - tensor.offset)
     rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
     step = max(1, BLOCK_VALUES // columns)
     for start in range(0, rows, step):
         count = min(step, rows - start)
         raw = source.random_raw(-(-count * columns // 4))  # 64 bits, four values
         index = raw.view(np.uint16)[: count * columns].reshape(count, columns)
-        values = ordinary[index]
+        block = ordinary[index]
         if tensor.outlier_gain != 1.0:
             inside = outliers[(outliers >= start) & (outliers < start + count)] - start
-            values[inside] = outlying[index[inside]]
-        yield values
+            block[inside] = outlying[index[inside]]
+        yield block
 
 
 def _to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
@@ -223,10 +140,10 @@ def _write_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
     names, the bytes, and fillers for the rest of the vocabulary."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    size, begin = config["vocab_size"], config["bos_token_id"]
+    size, begin = config["vocab_size"], config.get("bos_token_id")
     ends = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
-    special = {begin: "<|begin|>", ends[0]: "<|end|>"}
-    special |= {token: f"<|end {token}|>" for token in ends[1:]}
+    special = {} if begin is None else {begin: "<|begin|>"}
+    special |= {token: f"<|end {token}|>" for token in ends[1:]} | {ends[0]: "<|end|>"}
     free = iter(sorted(set(range(size)) - set(special), reverse=True))
     special |= {next(free): role for role in ROLES}
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -244,14 +161,18 @@ def _write_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": special[begin],
+            **({} if begin is None else {"bos_token": special[begin]}),
             "eos_token": special[ends[0]],
             "chat_template": TEMPLATE,
         },
     )
     _write_json(
         folder / "generation_config.json",
-        {"bos_token_id": begin, "eos_token_id": config["eos_token_id"], "do_sample": False},
+        {
+            **({} if begin is None else {"bos_token_id": begin}),
+            "eos_token_id": config["eos_token_id"],
+            "do_sample": False,
+        },
     )
 
 
