@@ -1,10 +1,11 @@
 """The meaning of the package: every attribute of the graph, in both forms of attention, against the eager operators."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-import torch
 
 from pocketlm.errors import UnsupportedError
 from pocketlm.runtimes.coreml_interpreter import Interpreter
@@ -12,23 +13,28 @@ from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends import coreml
 from pocketlm_export.backends.base import Lowering
 from pocketlm_export.backends.coreml.writer import FORMS, write_package
+from pocketlm_export.backends.reading import Call, Run
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
+from pocketlm_export.graph.builder import GraphBuilder
 from pocketlm_export.graph.graph import (
     Activation,
-    Add,
     Attention,
-    Embedding,
+    BlockSparsity,
+    Clamp,
     Graph,
     LastPositions,
-    Linear,
+    LayerNorm,
     Multiply,
+    Node,
     RmsNorm,
+    Scale,
     Value,
 )
 from pocketlm_export.graph.rotary import Rotary
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import Weights, quantize
+from pocketlm_export.verify.lockstep import Lane, run_lanes
 from tests.architectures.parity import difference
 
 TOKENS = [7, 300, 12, 45, 99, 7, 8, 250, 31, 6, 19, 77]
@@ -50,49 +56,40 @@ def altered(graph: Graph, changed: type, **changes) -> Graph:
     return replace(graph, nodes=tuple(replace(n, **changes) if isinstance(n, changed) else n for n in graph.nodes))
 
 
-def evaluate(graph: Graph, weights: Weights, tokens: list[int]) -> np.ndarray:
-    """The graph through PocketLM's eager operators in float64: float64 ``[len(tokens), vocabulary]``."""
-    ops, functional = torch.ops.pocketlm, torch.nn.functional
-    values = {graph.ids: torch.tensor([tokens])}
-    activations = {
-        "silu": functional.silu,
-        "gelu": functional.gelu,
-        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-        "tanh": torch.tanh,
-        "sigmoid": torch.sigmoid,
-    }
-
-    def weight(info):
-        if info is None:
-            return None
-        blocks = [block for _, block in weights.blocks(info.name)]
-        return torch.from_numpy(np.concatenate(blocks).reshape(info.shape)).double()
-
+def followed(graph: Graph, kind: type, make: Callable[..., Node]) -> Graph:
+    """``make(x=, output=)`` behind each node of ``kind``, but for the last norm."""
+    nodes: list[Node] = []
     for node in graph:
-        match node:
-            case Embedding():
-                values[node.output] = ops.embedding(values[node.ids], weight(node.weight))
-            case Linear():
-                for matrix, bias, output in zip(node.weights, node.biases, node.outputs, strict=True):
-                    values[output] = ops.linear(values[node.x], weight(matrix), weight(bias))
-            case RmsNorm():
-                values[node.output] = ops.rms_norm(values[node.x], weight(node.weight), node.epsilon, node.offset)
-            case Attention():
-                cache = torch.zeros(1, node.kv_heads, graph.context_length, node.head_dim).double()
-                rotary = node.rotary or Rotary(())
-                values[node.output] = ops.attention(
-                    values[node.query], values[node.key], values[node.value], cache, cache.clone(), torch.tensor([0]),
-                    weight(node.query_norm), weight(node.key_norm), node.heads, node.kv_heads, node.head_dim,
-                    node.scale, list(rotary.frequencies), rotary.scale, node.window or 0, node.softcap or 0.0,
-                    node.norm_epsilon,
-                )  # fmt: skip
-            case Activation():
-                values[node.output] = activations[node.kind](values[node.x])
-            case Add():
-                values[node.output] = values[node.left] + values[node.right]
-            case Multiply():
-                values[node.output] = values[node.left] * values[node.right]
-    return values[graph.logits][0].numpy()
+        if isinstance(node, kind) and node.output != graph.head.x:
+            inner = Value(f"{node.output.name}_inner", node.output.shape)
+            nodes += [replace(node, output=inner), make(x=inner, output=node.output)]
+        else:
+            nodes.append(node)
+    return replace(graph, nodes=tuple(nodes))
+
+
+def with_layer_norms(graph: Graph, biased: bool) -> Graph:
+    """In the place of RMS norms; another norm's weight is the bias."""
+    bias = next(node.weight for node in graph if isinstance(node, RmsNorm))
+    nodes = [
+        LayerNorm(x=n.x, weight=n.weight, bias=bias if biased else None, epsilon=n.epsilon, output=n.output)
+        if isinstance(n, RmsNorm)
+        else n
+        for n in graph
+    ]
+    return replace(graph, nodes=tuple(nodes))
+
+
+def with_capped_logits(graph: Graph) -> Graph:
+    builder = GraphBuilder()
+    logits = builder.softcap(builder.scale(graph.logits, 0.25), 2.0)
+    return replace(graph, nodes=graph.nodes + builder.graph(logits, 1).nodes, logits=logits)
+
+
+def evaluate(graph: Graph, weights: Weights, tokens: list[int]) -> np.ndarray:
+    """The graph by the reference: float64 ``[len(tokens), vocabulary]``."""
+    runs = [Run("tokens", (Call(tuple(tokens), len(tokens)),))]
+    return run_lanes(graph, [Lane(name="exact", runs=runs, weights=weights)])["exact"][0].logits[0]
 
 
 def run(package, precision: str) -> np.ndarray:
@@ -110,6 +107,17 @@ ALTERATIONS = {
     "no query norm": lambda graph: altered(graph, Attention, query_norm=None),
     "weights from zero": lambda graph: altered(graph, RmsNorm, offset=1.0),
     "a large epsilon": lambda graph: altered(graph, RmsNorm, epsilon=0.125**2),
+    "norms of heads from zero": lambda graph: altered(graph, Attention, norm_offset=1.0),
+    "layer norms": lambda graph: with_layer_norms(graph, biased=False),
+    "layer norms with biases": lambda graph: with_layer_norms(graph, biased=True),
+    "scales": lambda graph: followed(graph, Multiply, partial(Scale, factor=-0.5)),
+    "a scale behind a norm": lambda graph: followed(graph, RmsNorm, partial(Scale, factor=0.25)),
+    "a least": lambda graph: followed(graph, Multiply, partial(Clamp, least=-0.25, most=None)),
+    "a most": lambda graph: followed(graph, Multiply, partial(Clamp, least=None, most=0.5)),
+    "a least and a most": lambda graph: followed(graph, Multiply, partial(Clamp, least=-0.25, most=0.5)),
+    "scaled and capped logits": with_capped_logits,
+    "sparse blocks": lambda graph: altered(graph, Attention, sparsity=BlockSparsity(2, 1, 3, 1)),
+    "sparse blocks alike": lambda graph: altered(graph, Attention, sparsity=BlockSparsity(3, 2, 2, 0)),
     **{kind: lambda graph, kind=kind: altered(graph, Activation, kind=kind) for kind in coreml.ACTIVATIONS[1:]},
 }
 
@@ -152,6 +160,11 @@ def test_what_cannot_be_expressed_is_refused_by_name(lowering):
     for refused, rows, message in (
         (altered(graph, RmsNorm, epsilon=0.0), {}, "epsilon of 0.0"),
         (altered(graph, RmsNorm, epsilon=0.1), {}, "epsilon of 0.1"),
+        (altered(graph, RmsNorm, offset=0.5), {}, "offset of 0.5"),
+        (altered(graph, Attention, norm_offset=2.0), {}, "offset of 2.0"),
+        (altered(graph, Attention, softcap=1e5), {}, "softcap 100000 is beyond fp16"),
+        (followed(graph, Multiply, partial(Scale, factor=1e-5)), {}, "factor 1e-05 is beyond fp16"),
+        (followed(graph, Multiply, partial(Clamp, least=None, most=7e4)), {}, "most 70000 is beyond fp16"),
         (altered(graph, Activation, kind="relu2"), {}, "activation 'relu2'; supported: silu"),
         (replace(graph, nodes=(*graph.nodes, last)), {}, "cut keeps the last 3 positions"),
         (replace(graph, nodes=uneven), {}, "different"),

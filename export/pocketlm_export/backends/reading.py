@@ -118,7 +118,8 @@ class StoredConstants:
 
     ``table`` is the dtype of rotary tables, ``value`` that of vectors and of matrices that aren't quantized.
     ``reciprocal`` is the factor that stands for 1/width in the mean of a norm, ``constant`` what a factor, a bound or a
-    soft cap is stored as.
+    soft cap is stored as. Facts are those of the graph with its residual shifted by ``residual_shift``
+    (:func:`pocketlm_export.graph.residual.shift_residual`); what is computed is compared with the graph as it is.
     """
 
     table: type[np.floating[Any]] = np.float32
@@ -127,6 +128,7 @@ class StoredConstants:
     scale: Callable[[float], float] = lambda scale: scale
     reciprocal: Callable[[int], float] = lambda width: 1 / width
     constant: Callable[[float], float] = lambda value: value
+    residual_shift: int = 0
 
 
 EXACT = StoredConstants()

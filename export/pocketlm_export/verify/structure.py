@@ -21,6 +21,7 @@ from pocketlm_export.graph.graph import (
     RmsNorm,
     Scale,
 )
+from pocketlm_export.graph.residual import shift_residual
 from pocketlm_export.graph.rotary import rotary_tables
 from pocketlm_export.quantization.rounding import pack_nibbles
 from pocketlm_export.quantization.store import ContentDigest
@@ -105,7 +106,7 @@ def expected(graph: Graph, stored: StoredConstants) -> dict[tuple[str, str], Val
         ("program", "vocabulary_size"): graph.logits.width,
     }
     listed: dict[str, list[dict[str, Value]]] = {"norm": [], "scale": [], "clamp": [], "experts": []}
-    for node in graph:
+    for node in shift_residual(graph, stored.residual_shift):
         match node:
             case RmsNorm() | LayerNorm():
                 listed["norm"].append({"epsilon": stored.epsilon(node.epsilon)})

@@ -14,25 +14,31 @@ from pocketlm_export.graph.graph import (
     Activation,
     Add,
     Attention,
+    Clamp,
     Embedding,
     Graph,
     LastPositions,
+    LayerNorm,
     Linear,
     Multiply,
     RmsNorm,
+    Scale,
 )
 from pocketlm_export.quantization.schemes import SchemeRow
 
 __all__ = ["check", "libraries", "write"]
 
-NODES = (Activation, Add, Attention, Embedding, LastPositions, Linear, Multiply, RmsNorm)
+NODES = (Activation, Add, Attention, Clamp, Embedding, LastPositions, LayerNorm, Linear, Multiply, RmsNorm, Scale)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid")
-LARGEST_EPSILON = 2.0**-5  # sqrt(epsilon) / 2^-10 squared, which the norm computes, must stay below 65504
+# sqrt(epsilon) / 2^-10 squared, which the norm computes, must stay below 65504, and above fp16's least number even
+# where a residual is shifted.
+SMALLEST_EPSILON, LARGEST_EPSILON = 2.0**-32, 2.0**-5
+SMALLEST_NORMAL, LARGEST = 2.0**-14, 65504.0
 
 
 def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
-    """Raises :class:`UnsupportedError` for caches of several shapes, a node or field that isn't translated, an epsilon
-    that fp16 can't hold, an unknown activation, cuts of several rows and scheme rows other than int4 and int8."""
+    """Raises :class:`UnsupportedError` for caches of several shapes, a node that isn't translated, a constant that fp16
+    can't hold, an unknown activation, cuts of several rows and scheme rows other than int4 and int8."""
     shapes = {(node.kv_heads, node.head_dim) for node in graph.attentions}
     if len(shapes) != 1:
         raise UnsupportedError(
@@ -42,15 +48,21 @@ def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
         if not isinstance(node, NODES):
             raise UnsupportedError(f"coreml: {node.output.name}: {type(node).__name__} is not supported")
         match node:
-            case Attention(sparsity=sparsity) if sparsity is not None:
-                raise UnsupportedError(f"coreml: {node.output.name}: block-sparse attention is not supported")
-            case Attention(norm_offset=offset) if offset:
-                raise UnsupportedError(f"coreml: {node.output.name}: norm_offset {offset} is not supported")
-            case RmsNorm():
-                _check_epsilon(node.output.name, node.epsilon)
+            case RmsNorm(epsilon=epsilon, offset=offset):
+                _check_epsilon(node.output.name, epsilon)
+                _check_offset(node.output.name, offset)
+            case LayerNorm(epsilon=epsilon):
+                _check_epsilon(node.output.name, epsilon)
             case Attention():
+                _check_constant(node.output.name, "softcap", node.softcap)
                 if node.query_norm is not None or node.key_norm is not None:
                     _check_epsilon(node.output.name, node.norm_epsilon)
+                    _check_offset(node.output.name, node.norm_offset)
+            case Scale(factor=factor):
+                _check_constant(node.output.name, "factor", factor)
+            case Clamp():
+                _check_constant(node.output.name, "least", node.least)
+                _check_constant(node.output.name, "most", node.most)
             case Activation(kind=kind) if kind not in ACTIVATIONS:
                 raise UnsupportedError(f"coreml: activation {kind!r}; supported: {', '.join(ACTIVATIONS)}")
             case LastPositions(rows=count) if count != 1:
@@ -78,7 +90,17 @@ def libraries() -> Mapping[str, str]:
 
 
 def _check_epsilon(name: str, epsilon: float) -> None:
-    if not 0 < epsilon <= LARGEST_EPSILON:
+    if not SMALLEST_EPSILON <= epsilon <= LARGEST_EPSILON:
         raise UnsupportedError(
-            f"coreml: {name}: a norm's epsilon of {epsilon}; supported: above 0, at most {LARGEST_EPSILON}"
+            f"coreml: {name}: a norm's epsilon of {epsilon}; supported: {SMALLEST_EPSILON:.0e} to {LARGEST_EPSILON}"
         )
+
+
+def _check_offset(name: str, offset: float) -> None:
+    if offset not in (0, 1):
+        raise UnsupportedError(f"coreml: {name}: a norm's offset of {offset}; supported: 0 and 1")
+
+
+def _check_constant(name: str, field: str, value: float | None) -> None:
+    if value and not SMALLEST_NORMAL <= abs(value) <= LARGEST:
+        raise UnsupportedError(f"coreml: {name}: {field} {value:g} is beyond fp16's normal numbers")

@@ -4,13 +4,14 @@ import numpy as np
 
 from pocketlm_export.backends.coreml.emission import Emission, Var
 from pocketlm_export.backends.coreml.importing import mil
+from pocketlm_export.backends.coreml.mask import attention_mask
+from pocketlm_export.backends.coreml.norms import normalize
 from pocketlm_export.graph.graph import Attention, Value, WeightInfo
 from pocketlm_export.graph.rotary import Rotary
 
 __all__ = ["emit_attention"]
 
 mb = mil.Builder
-MASKED = np.float16(-30000)  # not infinity, and a score added to it stays within fp16
 
 
 def emit_attention(emission: Emission, node: Attention) -> None:
@@ -28,7 +29,7 @@ def emit_attention(emission: Emission, node: Attention) -> None:
     scale = np.float16(node.scale * node.head_dim**0.5 if fused else node.scale)
     if scale != 1:
         query = mb.mul(x=query, y=scale)
-    mask = emission.once(("mask", node.window, group), lambda: _mask(emission, node.window, group))
+    mask = attention_mask(emission, node)
     query = mb.reshape(x=query, shape=[1, node.kv_heads, group * length if emission.length else -1, node.head_dim])
     if fused:
         mixed = mb.scaled_dot_product_attention(query=query, key=keys, value=values, attn_mask=mask)
@@ -47,7 +48,7 @@ def _heads(emission: Emission, node: Attention, value: Value, count: int, norm: 
     """``[1, S, count * head_dim]`` -> ``[1, count, S, head_dim]``, normalized by head."""
     x = mb.reshape(x=emission.values[value], shape=[1, emission.length or -1, count, node.head_dim])
     if norm is not None:
-        x = emission.normalize(x, emission.layout.vector(norm), node.norm_epsilon)
+        x = normalize(emission, x, norm, node.norm_epsilon, node.norm_offset)
     return mb.transpose(x=x, perm=[0, 2, 1, 3])
 
 
@@ -84,14 +85,3 @@ def _through_cache(emission: Emission, index: int, layer: int, new: Var) -> Var:
     return mb.slice_by_index(
         x=emission.caches[index], begin=[layer, 0, 0, 0], end=[layer + 1, 0, 0, 0], end_mask=[False, True, True, True]
     )
-
-
-def _mask(emission: Emission, window: int | None, group: int) -> Var:
-    """fp16 ``[1, 1, group * S, context]`` (one row if S is 1): 0 where a key is seen, MASKED where it is not."""
-    query = mb.expand_dims(x=emission.positions, axes=[1])
-    hidden = mb.greater(x=emission.every_position, y=query)
-    if window is not None:
-        past = mb.less_equal(x=emission.every_position, y=mb.sub(x=query, y=np.int32(window)))
-        hidden = mb.logical_or(x=hidden, y=past)
-    mask = mb.expand_dims(x=mb.mul(x=mb.cast(x=hidden, dtype="fp16"), y=MASKED), axes=[0, 1])
-    return mask if emission.length == 1 or group == 1 else mb.tile(x=mask, reps=[1, 1, group, 1])

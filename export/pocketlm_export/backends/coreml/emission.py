@@ -16,8 +16,6 @@ AttentionForm = Literal["explicit", "fused"]
 
 Var = Any  # of the MIL builder, which has no types
 mb = mil.Builder
-# Zeros stay zeros in a norm, and epsilon over its square stays in fp16's range.
-SMALLEST_MAXIMUM = np.float16(2.0**-10)
 
 
 class Emission:
@@ -26,10 +24,9 @@ class Emission:
     def __init__(
         self, graph: Graph, layout: Layout, form: AttentionForm, length: int | None, inputs: Mapping[str, Var]
     ) -> None:
-        self.layout, self.form, self.length = layout, form, length
+        self.graph, self.layout, self.form, self.length = graph, layout, form, length
         self.context_length = graph.context_length
         self.values: dict[Value, Var] = {graph.ids: inputs["input_ids"]}
-        self.logits = graph.logits
         self._made: dict[Hashable, Any] = {}
         # Read once, then chained through the updates: Core ML merges several reads of one state, whatever lies between.
         self.states = (inputs["k_cache"], inputs["v_cache"])
@@ -51,6 +48,10 @@ class Emission:
             self._made[key] = make()
         return self._made[key]
 
+    def name_of(self, *values: Value) -> dict[str, str]:
+        """The argument that names the operator which makes ``values``; only the function's output needs one."""
+        return {"name": "logits"} if self.graph.logits in values else {}
+
     def constant(self, constant: Constant) -> Var:
         """A placeholder without memory; the writer finds the bytes by its ``weight_id``, which all functions share."""
         return self.once(constant.name, lambda: _placeholder(constant))
@@ -65,17 +66,6 @@ class Emission:
         return self.once(
             matrix.name, lambda: mb.constexpr_blockwise_shift_scale(data=data, scale=scales, name=matrix.name)
         )
-
-    def normalize(self, x: Var, weight: Constant, epsilon: float) -> Var:
-        """RMS norm over the last axis that can't overflow: rows are divided by their largest magnitude m first, and
-        epsilon by m^2, which gives the same quotient for every m."""
-        largest = mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
-        largest = mb.maximum(x=largest, y=SMALLEST_MAXIMUM)
-        scaled = mb.real_div(x=x, y=largest)
-        root = mb.real_div(x=np.float16(np.sqrt(epsilon)), y=largest)
-        mean = mb.reduce_mean(x=mb.mul(x=scaled, y=scaled), axes=[-1], keep_dims=True)
-        inverse = mb.rsqrt(x=mb.add(x=mean, y=mb.mul(x=root, y=root)), epsilon=np.float16(0))
-        return mb.mul(x=mb.mul(x=scaled, y=inverse), y=self.constant(weight))
 
 
 def _placeholder(constant: Constant) -> Var:

@@ -1,29 +1,35 @@
 """The graph as an ML Program: one table {node type -> emitter} over coremltools' MIL builder. Everything is fp16."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from pocketlm_export.backends.coreml.attention import emit_attention
-from pocketlm_export.backends.coreml.emission import AttentionForm, Emission
+from pocketlm_export.backends.coreml.emission import AttentionForm, Emission, Var
 from pocketlm_export.backends.coreml.importing import coremltools, mil
 from pocketlm_export.backends.coreml.layout import Layout
+from pocketlm_export.backends.coreml.norms import emit_layer_norm, emit_rms_norm
 from pocketlm_export.graph.graph import (
     Activation,
     Add,
     Attention,
+    Clamp,
     Embedding,
     Graph,
     LastPositions,
+    LayerNorm,
     Linear,
     Multiply,
     RmsNorm,
+    Scale,
 )
 
 __all__ = ["build_program"]
 
 mb = mil.Builder
+GELU_TANH_BOUND = 8.0  # where tanh is 1 in float64
 
 
 def build_program(
@@ -75,15 +81,10 @@ def _embedding(emission: Emission, node: Embedding) -> None:
 
 def _linear(emission: Emission, node: Linear) -> None:
     bias = emission.constant(emission.layout.bias(node.weights, node.biases))
-    name = {"name": "logits"} if emission.logits in node.outputs else {}
-    y = mb.linear(x=emission.values[node.x], weight=emission.matrix(node.weights), bias=bias, **name)
+    name, weight = emission.name_of(*node.outputs), emission.matrix(node.weights)
+    y = mb.linear(x=emission.values[node.x], weight=weight, bias=bias, **name)
     parts = [y] if len(node.outputs) == 1 else mb.split(x=y, split_sizes=[v.width for v in node.outputs], axis=-1)
     emission.values.update(zip(node.outputs, parts, strict=True))
-
-
-def _rms_norm(emission: Emission, node: RmsNorm) -> None:
-    weight = emission.layout.vector(node.weight, node.offset)
-    emission.values[node.output] = emission.normalize(emission.values[node.x], weight, node.epsilon)
 
 
 def _add(emission: Emission, node: Add) -> None:
@@ -94,17 +95,41 @@ def _multiply(emission: Emission, node: Multiply) -> None:
     emission.values[node.output] = mb.mul(x=emission.values[node.left], y=emission.values[node.right])
 
 
-ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
-    "silu": lambda x: mb.silu(x=x),
-    "gelu": lambda x: mb.gelu(x=x, mode="EXACT"),
-    "gelu_tanh": lambda x: mb.gelu(x=x, mode="TANH_APPROXIMATION"),
-    "tanh": lambda x: mb.tanh(x=x),
-    "sigmoid": lambda x: mb.sigmoid(x=x),
+def _scale(emission: Emission, node: Scale) -> None:
+    if node.output not in emission.values:  # a norm has taken the scale behind it along
+        x, factor = emission.values[node.x], np.float16(node.factor)
+        emission.values[node.output] = mb.mul(x=x, y=factor, **emission.name_of(node.output))
+
+
+def _clamp(emission: Emission, node: Clamp) -> None:
+    x = emission.values[node.x]
+    if node.least is not None and node.most is not None:
+        x = mb.clip(x=x, alpha=np.float16(node.least), beta=np.float16(node.most))
+    elif node.least is not None:
+        x = mb.maximum(x=x, y=np.float16(node.least))
+    elif node.most is not None:
+        x = mb.minimum(x=x, y=np.float16(node.most))
+    emission.values[node.output] = x
+
+
+def _gelu_tanh(x: Var, **name: str) -> Var:
+    """Its cube leaves fp16's range from 41 on: what is beyond GELU_TANH_BOUND, where gelu(x) is x or 0, is added."""
+    bound = np.float16(GELU_TANH_BOUND)
+    near = mb.gelu(x=mb.clip(x=x, alpha=-bound, beta=bound), mode="TANH_APPROXIMATION")
+    return mb.add(x=near, y=mb.sub(x=mb.maximum(x=x, y=bound), y=bound), **name)
+
+
+ACTIVATIONS: Mapping[str, Callable[..., Var]] = {
+    "silu": mb.silu,
+    "gelu": functools.partial(mb.gelu, mode="EXACT"),
+    "gelu_tanh": _gelu_tanh,
+    "tanh": mb.tanh,
+    "sigmoid": mb.sigmoid,
 }
 
 
 def _activation(emission: Emission, node: Activation) -> None:
-    emission.values[node.output] = ACTIVATIONS[node.kind](emission.values[node.x])
+    emission.values[node.output] = ACTIVATIONS[node.kind](x=emission.values[node.x], **emission.name_of(node.output))
 
 
 def _last_positions(emission: Emission, node: LastPositions) -> None:
@@ -119,10 +144,13 @@ def _last_positions(emission: Emission, node: LastPositions) -> None:
 EMITTERS: Mapping[type, Callable[[Emission, Any], None]] = {
     Embedding: _embedding,
     Linear: _linear,
-    RmsNorm: _rms_norm,
+    RmsNorm: emit_rms_norm,
+    LayerNorm: emit_layer_norm,
     Attention: emit_attention,
     Add: _add,
     Multiply: _multiply,
+    Scale: _scale,
+    Clamp: _clamp,
     Activation: _activation,
     LastPositions: _last_positions,
 }

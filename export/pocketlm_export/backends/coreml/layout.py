@@ -75,11 +75,11 @@ class Layout:
             self._constant(f"{name}_scales", "float16", (rows, groups), lambda: self._scales(weights)),
         )
 
-    def vector(self, weight: WeightInfo, offset: float = 0.0) -> Constant:
-        """A norm's weight plus ``offset``."""
+    def vector(self, weight: WeightInfo) -> Constant:
+        """A norm's weight or bias."""
 
         def blocks() -> Iterator[Bytes]:
-            yield _float16(weight.name, self.lowering.weights.values(weight.name) + np.float32(offset))
+            yield _float16(weight.name, self.lowering.weights.values(weight.name))
             self._done(weight)
 
         return self._constant(self._place((weight,), [0]), "float16", weight.shape, blocks)

@@ -4,6 +4,7 @@ The reading is in :mod:`pocketlm_export.backends.coreml.reading`, the executing 
 knows the writer.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ __all__ = ["CoreMLReader", "open_reader"]
 
 FUNCTIONS = {"prefill", "decode", "score"}
 TARGET = "coreml"
+SPARSITY = ("block_size", "local_blocks", "stride", "head_shift")
+OWN_FACTS = frozenset(SPARSITY)
+"""What is compared between functions only: the model's facts don't have it, and level 2 judges it."""
+RESIDUAL_SHIFT, LARGEST_SHIFT = "pocketlm.residual_shift", 15
 
 
 def open_reader(path: Path, manifest: Manifest) -> "CoreMLReader":
@@ -73,7 +78,7 @@ class CoreMLReader:
         for function in others:
             self._compare(function, list(_facts(structures[function])), first, facts)
         self._check_constants(structures)
-        yield from facts
+        yield from (fact for fact in facts if fact.name not in OWN_FACTS)
 
     def execute(self, runs: Sequence[Run]) -> list[Trace]:
         """In float64."""
@@ -100,7 +105,7 @@ class CoreMLReader:
         return self._runner.state_bytes(run)
 
     def _stored(self) -> StoredConstants:
-        """fp16 tables, vectors and scales, and fp16 roots of epsilons."""
+        """fp16 tables, vectors, scales and constants, and roots of epsilons in fp16's digits."""
         kinds = {operator.kind for name in self._package.functions for operator in self._package.operators(name)}
         if kinds >= set(MIXING):
             raise UnsupportedError(f"{self._package.file}: attentions in both forms; supported: one of {MIXING}")
@@ -109,9 +114,17 @@ class CoreMLReader:
         return StoredConstants(
             table=np.float16,
             value=np.float16,
-            epsilon=lambda epsilon: float(np.float16(np.sqrt(epsilon))) ** 2,
+            epsilon=lambda epsilon: _eleven_bits(math.sqrt(epsilon)) ** 2,
             scale=lambda scale: float(np.float16(scale * own)) / own,
+            constant=lambda value: float(np.float16(value)),
+            residual_shift=self._residual_shift(),
         )
+
+    def _residual_shift(self) -> int:
+        stated = self._exact.metadata.get(RESIDUAL_SHIFT, "0")
+        if not stated.isascii() or not stated.isdigit() or int(stated[:3]) > LARGEST_SHIFT:
+            raise BundleError(f"{self._package.file}: {RESIDUAL_SHIFT} is {stated[:20]!r}, not 0 to {LARGEST_SHIFT}")
+        return int(stated)
 
     def _read_structures(self) -> dict[str, Structure]:
         if not self._structures:
@@ -137,12 +150,12 @@ class CoreMLReader:
                 raise BundleError(f"{file}: {function}: takes {sorted(inputs)} and gives {list(outputs)}")
 
     def _compare(self, function: str, found: list[Fact], first: str, expected: list[Fact]) -> None:
-        names = [(fact.node, fact.name) for fact in found]
-        if names != [(fact.node, fact.name) for fact in expected]:
-            raise BundleError(f"{self._package.file}: {function}: other norms or attentions than {first}")
-        for one, other in zip(found, expected, strict=True):
-            if not np.array_equal(np.asarray(one.value), np.asarray(other.value)):
-                raise BundleError(f"{self._package.file}: {function}: {one.node}: {one.name} is not that of {first}")
+        stated, wanted = ({(fact.node, fact.name): fact.value for fact in facts} for facts in (found, expected))
+        for node, name in [key for key in wanted if key in stated]:
+            if not np.array_equal(np.asarray(stated[node, name]), np.asarray(wanted[node, name])):
+                raise BundleError(f"{self._package.file}: {function}: {node}: {name} is not that of {first}")
+        for node, name in sorted(stated.keys() ^ wanted.keys()):
+            raise BundleError(f"{self._package.file}: {function}: {node}: {name} is stated here or in {first} alone")
 
     def _check_constants(self, structures: dict[str, Structure]) -> None:
         """Whatever no weight and no table accounts for is a bias of zeros."""
@@ -172,9 +185,23 @@ def _facts(structure: Structure) -> Iterator[Fact]:
     yield Fact("program", "vocabulary_size", structure.vocabulary_size)
     for index, epsilon in enumerate(structure.epsilons):
         yield Fact(f"norm {index}", "epsilon", epsilon)
+    for index, factor in enumerate(structure.scales):
+        yield Fact(f"scale {index}", "factor", factor)
+    for index, bounds in enumerate(structure.clamps):
+        for name, bound in zip(("least", "most"), bounds, strict=True):
+            yield Fact(f"clamp {index}", name, bound)
     for layer, attention in enumerate(structure.attentions):
+        if attention.sparsity is not None:
+            for name, number in zip(SPARSITY, attention.sparsity, strict=True):
+                yield Fact(f"attention {layer}", name, number)
         for name in ("heads", "kv_heads", "head_dim", "scale", "window", "softcap", "cosine", "sine"):
             yield Fact(f"attention {layer}", name, getattr(attention, name))
+
+
+def _eleven_bits(value: float) -> float:
+    """``value`` as fp16 has it, but for its range: small numbers keep their digits."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(float(np.float16(mantissa)), exponent)
 
 
 def _not_run() -> NotRun:

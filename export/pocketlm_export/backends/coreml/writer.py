@@ -18,6 +18,7 @@ from pocketlm_export.backends.coreml.emission import AttentionForm
 from pocketlm_export.backends.coreml.emit import build_program
 from pocketlm_export.backends.coreml.importing import coremltools, mil_exporter
 from pocketlm_export.backends.coreml.layout import Constant, Layout
+from pocketlm_export.graph.residual import shift_residual
 from pocketlm_export.graph.rewrites import keep_last_positions, merge_linears
 
 __all__ = ["FORMS", "write_package"]
@@ -25,6 +26,9 @@ __all__ = ["FORMS", "write_package"]
 LONGEST_CALL = 128
 IOS18 = 9  # specification version
 BLOB_CODES = {"float16": 1, "int8": 4, "int4": 8, "int32": 14}
+# Families whose trained residual leaves fp16's range. Times 2^-6 it reaches 4.2e6, and is below fp16's normal numbers
+# where it was below 4e-3.
+RESIDUAL_SHIFTS = {"gemma": 6, "gemma2": 6, "gemma3_text": 6}
 FORMS: Mapping[AttentionForm, str] = {"explicit": "matrix products and softmax", "fused": "one fused operator"}
 
 
@@ -33,7 +37,8 @@ def write_package(lowering: Lowering, package: Path, form: AttentionForm = "expl
 
     Raises :class:`pocketlm.UnsupportedError` naming the tensor and index of a value that fp16 can't hold.
     """
-    graph = merge_linears(lowering.graph)
+    shift = RESIDUAL_SHIFTS.get(lowering.config.model_type, 0)
+    graph = merge_linears(shift_residual(lowering.graph, shift))
     last = keep_last_positions(graph, 1)
     longest_call = min(LONGEST_CALL, graph.context_length)
     layout = Layout(lowering)
@@ -44,6 +49,8 @@ def write_package(lowering: Lowering, package: Path, form: AttentionForm = "expl
     (model / "weights").mkdir(parents=True)
     with _WeightFile(model / "weights" / "weight.bin") as weights:
         specification = _specification(program, layout, weights)
+    if shift:
+        specification.description.metadata.userDefined["pocketlm.residual_shift"] = str(shift)
     (model / "model.mlmodel").write_bytes(specification.SerializeToString(deterministic=True))
     _write_manifest(package)
     return Artifact(
@@ -51,16 +58,17 @@ def write_package(lowering: Lowering, package: Path, form: AttentionForm = "expl
         longest_call=longest_call,
         rows=longest_call,
         entries=layout.entries,
-        notes=_notes(lowering, form, longest_call),
+        notes=_notes(lowering, form, longest_call, shift),
     )
 
 
-def _notes(lowering: Lowering, form: AttentionForm, longest_call: int) -> tuple[str, ...]:
+def _notes(lowering: Lowering, form: AttentionForm, longest_call: int, shift: int) -> tuple[str, ...]:
     return (
         f"attention is {FORMS[form]}; iOS 26 devices gave wrong numbers for the fused one and for quantized embeddings "
         "(executorch issue 15833), and no hardware has run this package",
         f"functions: prefill (1 to {longest_call} tokens, logits of the last), decode (one token), score (as prefill, "
         "logits of all); one state serves all three",
+        *([f"the residual is held times 2^-{shift}, because fp16 can't hold this family's"] if shift else []),
         *lowering.dropped_windows,
     )
 

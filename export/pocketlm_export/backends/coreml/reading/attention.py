@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pocketlm_export.backends.coreml.reading.mask import read_mask
 from pocketlm_export.backends.coreml.reading.positions import Positions
 from pocketlm_export.backends.coreml.reading.walk import Walk
 from pocketlm_export.backends.coreml.reading.written import WrittenOperator
@@ -16,7 +17,6 @@ __all__ = ["MIXING", "WrittenAttention", "attention_of", "mixings"]
 MIXING = ("softmax", "scaled_dot_product_attention")
 """The two forms of an attention by the operator that stands for it: explicit, and fused."""
 
-MASKED = -30000.0
 WHOLE_AXES = [False, True, False, True]
 BY_HEAD = [0, 2, 1, 3]
 Table = npt.NDArray[np.float16]
@@ -25,7 +25,8 @@ Table = npt.NDArray[np.float16]
 @dataclass(frozen=True, slots=True)
 class WrittenAttention:
     """What the program states of one layer. ``cosine`` and ``sine``: fp16 ``[context, pairs]``, None without rotation;
-    ``tables`` their names. ``fused``: one operator, which divides by the root of the width itself."""
+    ``tables`` their names. ``sparsity`` is that of :class:`WrittenMask`. ``fused``: one operator, which divides by the
+    root of the width itself."""
 
     fused: bool
     heads: int
@@ -33,6 +34,7 @@ class WrittenAttention:
     head_dim: int
     scale: float
     window: int | None
+    sparsity: tuple[int, int, int, int] | None
     softcap: float | None
     cosine: Table | None
     sine: Table | None
@@ -75,9 +77,10 @@ def attention_of(walk: Walk, positions: Positions, layer: int, mixing: WrittenOp
     walk.expect(grouped, shape=[1, kv_heads, group if positions.steps else -1, head_dim])
     _expect_heads_side_by_side(walk, parts.mixed, positions, heads, head_dim)
     cosine, sine = _tables(walk, tables)
+    mask = read_mask(walk, positions, parts.mask, heads, kv_heads)
     return WrittenAttention(
         fused, heads, kv_heads, head_dim, scale / head_dim**0.5 if fused else scale,
-        _window(walk, positions, parts.mask, group), parts.softcap, cosine, sine, tables,
+        mask.window, mask.sparsity, parts.softcap, cosine, sine, tables,
     )  # fmt: skip
 
 
@@ -204,35 +207,3 @@ def _expect_heads_side_by_side(walk: Walk, mixed: str, positions: Positions, hea
     turned = walk.reader(apart.outputs[0], "transpose")
     walk.expect(turned, perm=BY_HEAD)
     walk.expect(walk.reader(turned.outputs[0], "reshape"), shape=[1, length, heads * head_dim])
-
-
-def _window(walk: Walk, positions: Positions, mask: str, group: int) -> int | None:
-    """Of a mask with 0 where a key is seen and MASKED where it lies ahead or, with a window, too far behind."""
-    if group > 1 and not positions.steps:
-        walk.expect(walk.maker(mask, "tile"), reps=[1, 1, group, 1])
-        mask = walk.chain(mask, ("tile", "x"))
-    widened = walk.maker(mask, "expand_dims")
-    walk.expect(widened, axes=[0, 1])
-    valued = walk.maker(widened.inputs["x"][0], "mul")
-    walk.expect(valued, y=MASKED)
-    hidden = walk.chain(valued.inputs["x"][0], ("cast", "x"))
-    window = None
-    if walk.kind_of(hidden) == "logical_or":
-        either = walk.maker(hidden, "logical_or")
-        hidden = either.inputs["x"][0]
-        behind = walk.maker(either.inputs["y"][0], "less_equal")
-        bound = walk.maker(behind.inputs["y"][0], "sub")
-        _expect_axis(walk, behind.inputs["x"][0], positions.every, 0)
-        _expect_axis(walk, bound.inputs["x"][0], positions.each, 1)
-        window = int(walk.number(bound, "y"))
-    ahead = walk.maker(hidden, "greater")
-    _expect_axis(walk, ahead.inputs["x"][0], positions.every, 0)
-    _expect_axis(walk, ahead.inputs["y"][0], positions.each, 1)
-    return window
-
-
-def _expect_axis(walk: Walk, name: str, source: str, axis: int) -> None:
-    """``name`` is ``source`` with a new axis there."""
-    widened = walk.maker(name, "expand_dims")
-    walk.expect(widened, axes=[axis])
-    walk.same([*widened.inputs["x"], source], "a mask of other positions")

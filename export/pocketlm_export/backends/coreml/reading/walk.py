@@ -18,6 +18,7 @@ class Walk:
     def __init__(self, package: WrittenPackage, function: str) -> None:
         self.package, self.function = package, function
         self.operators = tuple(package.operators(function))
+        self._read: set[str] = set()
         self._makers = {name: operator for operator in self.operators for name in operator.outputs}
 
     def refused(self, name: str, reason: str) -> BundleError:
@@ -56,6 +57,7 @@ class Walk:
         value = operator.attributes.get(parameter)
         if not isinstance(value, np.ndarray) or value.size != 1 or value.dtype.kind not in "fi":
             raise self.refused(operator.outputs[0], f"{operator.kind}: {parameter} is not a number of the file")
+        self._read.add(operator.outputs[0])
         return float(value.item())
 
     def numbers(self, operator: WrittenOperator, parameter: str) -> list[Any]:
@@ -72,6 +74,12 @@ class Walk:
             found = found if isinstance(found, str) else found.tolist()
             if found != expected:
                 raise self.refused(operator.outputs[0], f"{operator.kind}: {parameter} {found}, not {expected}")
+        self._read.add(operator.outputs[0])
+
+    def is_unread(self, operator: WrittenOperator, parameter: str) -> bool:
+        """Whether ``parameter`` is a number of the file, and no attribute of ``operator`` was asked for yet."""
+        value = operator.attributes.get(parameter)
+        return isinstance(value, np.ndarray) and value.size == 1 and operator.outputs[0] not in self._read
 
     def table(self, name: str) -> npt.NDArray[Any]:
         """The whole constant ``name`` of weight.bin."""
