@@ -117,7 +117,7 @@ def _groups(document: Document) -> Iterator[str]:
 def _models(document: Document) -> Iterator[str]:
     targets = document["targets"]
     sizes = " | ".join(f"{target}, MB" for target in targets)
-    yield f"| shape | layers | 1e9 parameters | wall, s | s per 1e9 parameters | peak memory, GB | anonymous | {sizes} |"
+    yield f"| shape | layers | 1e9 parameters | wall, s | s per 1e9 | peak memory, GB | anonymous | {sizes} |"
     yield "|---" * (7 + len(targets)) + "|"
     for run in document["exports"]:
         whole = run["layers"] == run["all_layers"]
