@@ -4,37 +4,22 @@ A row is a transformers configuration and a seed; :func:`write_checkpoint` makes
 and so does ``python -m tests.tiny_models ROW FOLDER``.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-__all__ = ["ROWS", "Row", "write_checkpoint"]
+from tests.architectures import phi3small_model
+from tests.tiny_row import CONTEXT, Row
 
-CONTEXT = 160
+__all__ = ["CONTEXT", "ROWS", "Row", "write_checkpoint"]
+
 # Their norms multiply by 1 + weight.
 OFFSET_NORMS = ("gemma", "gemma2", "gemma3_text")
 
 # Norms that write to the residual.
 BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
 POST_NORMS = {"gemma2": BEHIND, "gemma3_text": BEHIND, "olmo2": BEHIND}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tiny model. ``outlier`` scales norms and projections so that residual channels reach about that value;
-    ``context`` is what is exported, None the model's own."""
-
-    name: str
-    model_type: str
-    config: Mapping[str, Any]
-    dtype: str = "bfloat16"
-    outlier: float | None = None
-    context: int | None = None
-
 
 BASE = {
     "vocab_size": 320,
@@ -219,11 +204,17 @@ ROWS = [
         },
     ),
     Row("qwen3-moe-outliers", "qwen3_moe", {**EXPERTS, "norm_topk_prob": True}, outlier=1e3),
+    *phi3small_model.ROWS,
 ]
 
 
-def write_checkpoint(row: Row, folder: Path) -> torch.nn.Module:
-    """Write ``row``'s checkpoint with a tokenizer; returns transformers' model in float32 on the very stored values."""
+def write_checkpoint(row: Row, folder: Path) -> torch.nn.Module | phi3small_model.Phi3Small:
+    """Write ``row``'s checkpoint with a tokenizer; returns transformers' model in float32 on the very stored values, or
+    one in plain torch where transformers has no such class."""
+    if row.model_type == "phi3small":
+        folder.mkdir(exist_ok=True)
+        write_tokenizer(folder, row.config["vocab_size"])
+        return phi3small_model.write_checkpoint(row, folder)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(sum(map(ord, row.name)))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from tests.tiny_models import CONTEXT, Row, write_tokenizer
+from tests.tiny_row import CONTEXT, Row
 
 __all__ = ["ROWS", "Phi3Small", "write_checkpoint"]
 
@@ -28,6 +28,7 @@ BASE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
     "gegelu_limit": 2.0,
+    "mup_width_multiplier": 1.5,
     "blocksparse_block_size": 16,
     "blocksparse_num_local_blocks": 2,
     "blocksparse_vert_stride": 4,
@@ -79,7 +80,13 @@ ROWS = [
     Row(
         "phi3small-same-heads",
         "phi3small",
-        {**BASE, "blocksparse_homo_head_pattern": True, "dense_attention_every_n_layers": None, "gegelu_limit": None},
+        {
+            **BASE,
+            "blocksparse_homo_head_pattern": True,
+            "dense_attention_every_n_layers": None,
+            "gegelu_limit": None,
+            "mup_width_multiplier": 8.0,
+        },
     ),
     Row(
         "phi3small-no-mup",
@@ -113,7 +120,7 @@ ROWS = [
 
 
 def write_checkpoint(row: Row, folder: Path) -> "Phi3Small":
-    """Write ``row``'s checkpoint with a tokenizer; returns the model in float32 on the very stored values."""
+    """Write ``row``'s checkpoint without a tokenizer; returns the model in float32 on the very stored values."""
     config = {
         "architectures": ["Phi3SmallForCausalLM"],
         "model_type": "phi3small",
@@ -128,8 +135,7 @@ def write_checkpoint(row: Row, folder: Path) -> "Phi3Small":
     stored = {name: value.to(getattr(torch, row.dtype)) for name, value in values.items()}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(folder, row.config["vocab_size"])
-    return Phi3Small(config, {name: value.float() for name, value in stored.items()})
+    return Phi3Small(config, {name: value.float() for name, value in stored.items()}, row.context)
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -154,11 +160,15 @@ def _add_outliers(values: dict[str, Tensor], size: float, generator: torch.Gener
 
 
 class Phi3Small:
-    """The logits of a text; keys of the configuration that are absent mean what the released class says."""
+    """The logits of a text, as an export for ``context`` positions, by default all, rotates it.
 
-    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    Keys of the configuration that are absent mean what the released class says.
+    """
+
+    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], context: int | None = None) -> None:
         self.config = config
         self.tensors = tensors
+        self.context = context or config["max_position_embeddings"]
         self.hidden, self.heads, self.kv_heads = (
             config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
         )
@@ -184,14 +194,14 @@ class Phi3Small:
         shapes |= {f"model.final_layernorm.{part}": (self.hidden,) for part in ("weight", "bias")}
         return {"model.embed_tokens.weight": (self.config["vocab_size"], self.hidden), **shapes}
 
-    def __call__(self, ids: Tensor, context: int | None = None) -> SimpleNamespace:
-        """``logits`` ``[1, S, vocabulary]`` of ids ``[1, S]``, as an export for ``context`` positions rotates them."""
+    def __call__(self, ids: Tensor) -> SimpleNamespace:
+        """``logits`` ``[1, S, vocabulary]`` of ids ``[1, S]``."""
         (text,) = ids
         table = self.tensors["model.embed_tokens.weight"]
         x = table[text] * self.embedding_scale
         for layer in range(self.config["num_hidden_layers"]):
             name = f"model.layers.{layer}"
-            x = x + self.attention(self.norm(x, f"{name}.input_layernorm"), f"{name}.self_attn", layer, context)
+            x = x + self.attention(self.norm(x, f"{name}.input_layernorm"), f"{name}.self_attn", layer)
             x = x + self.mlp(self.norm(x, f"{name}.post_attention_layernorm"), f"{name}.mlp")
         logits = self.norm(x, "model.final_layernorm") @ table.T
         return SimpleNamespace(logits=logits[None] / (self.config.get("mup_width_multiplier", 8.0) or 1.0))
@@ -205,7 +215,7 @@ class Phi3Small:
         """With a bias."""
         return linear(x, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
 
-    def attention(self, x: Tensor, name: str, layer: int, context: int | None) -> Tensor:
+    def attention(self, x: Tensor, name: str, layer: int) -> Tensor:
         """One head after the other."""
         fused = self.linear(x, f"{name}.query_key_value").split(self.head_dim, dim=1)
         group = self.heads // self.kv_heads
@@ -216,7 +226,7 @@ class Phi3Small:
         for head in range(self.heads):
             # Of each key/value head: its query heads, the key, the value.
             first = head // group * (group + 2)
-            query, key = (self.rotated(fused[at], context) for at in (first + head % group, first + group))
+            query, key = (self.rotated(fused[at]) for at in (first + head % group, first + group))
             scores = (query @ key.T * scale).masked_fill(~self.seen(len(x), layer, head), -math.inf)
             made.append(scores.softmax(-1) @ fused[first + group + 1])
         return self.linear(torch.cat(made, dim=1), f"{name}.dense")
@@ -237,7 +247,7 @@ class Phi3Small:
 
         return torch.tensor([[sees(query, key) for key in range(length)] for query in range(length)])
 
-    def rotated(self, x: Tensor, context: int | None) -> Tensor:
+    def rotated(self, x: Tensor) -> Tensor:
         """Element ``i`` of ``[S, head_dim]`` turns with element ``i + head_dim / 2``."""
         config, half = self.config, self.head_dim // 2
         angles = torch.arange(len(x), dtype=torch.float32) * config.get("rope_position_scale", 1.0)
@@ -245,7 +255,7 @@ class Phi3Small:
         magnitude, rope = 1.0, config.get("rope_scaling")
         if rope is not None:
             longest, original = config["max_position_embeddings"], rope["original_max_position_embeddings"]
-            if (context or longest) > original:
+            if self.context > original:
                 factors, magnitude = rope["long_factor"], rope.get("long_mscale", -1)
                 if magnitude <= 0:
                     magnitude = math.sqrt(1 + math.log(longest / original) / math.log(original))

@@ -19,6 +19,7 @@ from pocketlm.tokenizer import Tokenizer
 from pocketlm_export.checkpoint.phi3small_tokenizer import PATTERN, SPECIAL_TOKENS, VOCABULARY, write_tokenizer
 from pocketlm_export.checkpoint.tiktoken import make_tokenizer, read_ranks
 
+ROWS = 100352
 BYTES = [bytes([byte]) for byte in range(256)]
 ORIGIN = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
 HARD = [
@@ -43,7 +44,7 @@ def phi3small(source: Path, tmp_path_factory) -> Tokenizer:
     """What an export makes of the vocabulary alone."""
     checkpoint, folder = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("tokenizer")
     (checkpoint / VOCABULARY).symlink_to(source / VOCABULARY)
-    write_tokenizer(checkpoint, folder)
+    write_tokenizer(checkpoint, folder, ROWS)
     return Tokenizer.open(folder)
 
 
@@ -135,7 +136,7 @@ def checkpoint(source: Path, tmp_path: Path) -> Path:
 def written(checkpoint: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    write_tokenizer(checkpoint, folder)
+    write_tokenizer(checkpoint, folder, ROWS)
     return folder
 
 

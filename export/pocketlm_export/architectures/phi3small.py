@@ -85,7 +85,7 @@ def configure(fields: Fields) -> Phi3SmallConfig:
         head_bias=bool(suppressed),
         suppressed_ids=suppressed,
         sparsities=_sparsities(fields, layers, heads),
-        gegelu_limit=None if fields.is_null("gegelu_limit") else fields.number("gegelu_limit", 20.0),
+        gegelu_limit=_gegelu_limit(fields),
     )
 
 
@@ -150,6 +150,11 @@ def _attention_scale(fields: Fields, head_dim: int) -> float | None:
     if not multiplier:
         raise fields.refuse("mup_attn_multiplier", "must be greater than zero where mup_use_scaling is true")
     return multiplier / head_dim
+
+
+def _gegelu_limit(fields: Fields) -> float | None:
+    key = "gegelu_limit"
+    return None if fields.is_null(key) else fields.number(key, 20.0, most=LARGEST_NUMBER)
 
 
 def _intermediate_size(fields: Fields, hidden_size: int) -> int:

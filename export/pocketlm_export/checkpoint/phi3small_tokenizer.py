@@ -35,16 +35,19 @@ TEMPLATE = (
 SETTINGS = {f"{kind}_token": "<|endoftext|>" for kind in ("bos", "eos", "pad")}
 
 
-def write_tokenizer(source: Path, folder: Path) -> None:
+def write_tokenizer(source: Path, folder: Path, rows: int) -> None:
     """Write into ``folder`` tokenizer.json and tokenizer_config.json from the vocabulary of the checkpoint ``source``.
 
-    What the checkpoint's own tokenizer_config.json and templates say wins. Raises :class:`pocketlm.InputError` naming
-    the file, and the line of the vocabulary.
+    ``rows`` is how many its embedding has. What the checkpoint's own tokenizer_config.json and templates say wins.
+    Raises :class:`pocketlm.InputError` naming the file, and the line of the vocabulary.
     """
     path = source / VOCABULARY
     ranks = read_ranks(path)
     if len(ranks) != RANKS:
         raise CheckpointError(f"{path}: {len(ranks)} tokens, but Phi-3 small's special tokens follow {RANKS}")
+    ids = len(ranks) + len(SPECIAL_TOKENS)
+    if rows < ids:
+        raise CheckpointError(f"{path}: {ids} ids, but the embedding has {rows} rows (vocab_size)")
     make_tokenizer(ranks, PATTERN, SPECIAL_TOKENS).save(str(folder / "tokenizer.json"), pretty=False)
     settings = SETTINGS | read_tokenizer_config(source)
     settings.pop("auto_map", None)  # the code that these files replace

@@ -26,7 +26,7 @@ def with_tokenizer(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """``checkpoint`` with a tokenizer.json: as it is, or with one made in the empty ``folder`` from its vocabulary."""
     if "tokenizer.json" in checkpoint.tokenizer_files:
         return checkpoint
-    write_tokenizer(checkpoint.folder, folder)
+    write_tokenizer(checkpoint.folder, folder, checkpoint.config.vocabulary_size)
     return replace(checkpoint, tokenizer_files={path.name: path for path in sorted(folder.glob("*")) if path.is_file()})
 
 
