@@ -14,9 +14,10 @@ import numpy as np
 
 from pocketlm.manifest import Manifest
 from pocketlm_export.backends.executorch.importing import schema
-from pocketlm_export.backends.executorch.reading.attention import layer_attentions
-from pocketlm_export.backends.executorch.reading.facts import rotary_constants
+from pocketlm_export.backends.executorch.reading.attention import layer_attentions, number
+from pocketlm_export.backends.executorch.reading.facts import rotary_constants, stated_facts
 from pocketlm_export.backends.executorch.reading.kernels import UPDATE_CACHE
+from pocketlm_export.backends.executorch.reading.payload import PayloadNode
 from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
 from tests.verify.executorch_rewriting import Rewriting, reader_of, stored_codes, stored_scales
 from tests.verify.fault_places import (
@@ -73,7 +74,7 @@ def table_arguments(file: PteFile, layer: int) -> tuple[DelegateStep, list[int]]
     return step, [value for value, constant in sources.items() if constant in constants]
 
 
-def replace_arguments(rewriting: Rewriting, step: DelegateStep, values: Mapping[int, int]) -> None:
+def replace_arguments(rewriting: Rewriting, step: DelegateStep | KernelStep, values: Mapping[int, int]) -> None:
     call = rewriting.call(step)
     call.args = [values.get(argument, argument) for argument in call.args]
 
@@ -87,6 +88,10 @@ def norm_means(file: PteFile) -> list[tuple[int, int]]:
             roots = [node for node in payload.nodes if node.kind == "ReciprocalSquareRoot"]
             found += [(step.index, payload.producers[node.inputs[0]].inputs[2]) for node in roots]
     return found
+
+
+def reads_a_number(file: PteFile, step: DelegateStep, node: PayloadNode) -> bool:
+    return any(number(file, step, value) is not None for value in node.inputs)
 
 
 def tensor_of(graph: dict[str, Any], number: int) -> dict[str, Any]:
@@ -126,16 +131,15 @@ def shift_position(path: Path, place: Place) -> None:
     """The layer's cache is written one row further on; or read so, where no mask says what is seen."""
     rewriting = Rewriting(path)
     file = rewriting.file
-    attention = layer_attentions(file)[place.layer].step
-    steps = updates(file, place.layer) if place.part == "cache" else [attention]
+    written = updates(file, place.layer)
+    steps = written if place.part == "cache" else [layer_attentions(file)[place.layer].step]
     slot = 2 if place.part == "cache" else 3
+    start = written[0].arguments[2]
     shifted, one = rewriting.value(schema.Int(0)), rewriting.value(schema.Int(1))
     for step in steps:
         rewriting.call(step).args[slot] = shifted
-    made = next(s for s in file.steps if isinstance(s, KernelStep) and s.result == attention.arguments[3])
-    rewriting.kernel(
-        rewriting.position_of(made) + 1, "executorch_prim::add.Scalar", [attention.arguments[3], one, shifted]
-    )
+    made = next(s for s in file.steps if isinstance(s, KernelStep) and s.result == start)
+    rewriting.kernel(rewriting.position_of(made) + 1, "executorch_prim::add.Scalar", [start, one, shifted])
     rewriting.save()
 
 
@@ -185,7 +189,11 @@ def skip_layer(path: Path, place: Place) -> None:
     mixed = layer_attentions(file)[place.layer].result
     step = next(step for step in file.steps if isinstance(step, DelegateStep) and mixed in step.inputs)
     payload = file.delegates[step.index]
-    sums = [node for node in payload.nodes if node.kind == "Add" and len(payload.values[node.output].shape) == 3]
+    sums = [
+        node
+        for node in payload.nodes
+        if node.kind == "Add" and len(payload.values[node.output].shape) == 3 and not reads_a_number(file, step, node)
+    ]
     before = next(number for number in sums[0].inputs if number in payload.inputs)
     width = payload.values[before].shape[-1]
     for item in rewriting.graph(step.index)["xnodes"]:
@@ -199,24 +207,43 @@ def skip_layer(path: Path, place: Place) -> None:
 
 def ignore_window(path: Path, place: Place) -> None:
     """Every key up to the query is seen."""
-    rewriting = Rewriting(path)
-    step = layer_attentions(rewriting.file)[place.layer].step
-    call = rewriting.call(step)
-    call.args[4], call.args[6] = rewriting.value(schema.Null()), rewriting.value(schema.Bool(True))
-    rewriting.save()
+
+    def causal(values: np.ndarray) -> np.ndarray:
+        rows, columns = values.shape
+        seen = np.arange(columns) - columns // 2 <= np.arange(rows)[:, None]
+        return np.where(seen, 0, -np.inf).astype(values.dtype)
+
+    change_mask(path, place, causal)
 
 
 def widen_window(path: Path, place: Place) -> None:
     """One key more is seen."""
-    rewriting = Rewriting(path)
-    step = layer_attentions(rewriting.file)[place.layer].step
 
     def widened(values: np.ndarray) -> np.ndarray:
         values[:, :-1] = np.maximum(values[:, :-1], values[:, 1:])
         return values
 
-    mask = rewriting.with_other_content(step.arguments[4], widened)
-    rewriting.call(step).args[4] = mask
+    change_mask(path, place, widened)
+
+
+def change_mask(path: Path, place: Place, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    rewriting = Rewriting(path)
+    attention = layer_attentions(rewriting.file)[place.layer]
+    replace_arguments(rewriting, attention.step, {attention.mask: rewriting.with_other_content(attention.mask, change)})
+    rewriting.save()
+
+
+def ignore_soft_cap(path: Path, place: Place) -> None:
+    """Ten thousand times as high, it is out of reach of every score."""
+    rewriting = Rewriting(path)
+    file = rewriting.file
+    attention = layer_attentions(file)[place.layer]
+    inputs = file.delegates[attention.step.index].inputs
+    numbers = zip(attention.step.inputs, (number(file, attention.step, value) for value in inputs), strict=True)
+    cap = next(value for value, content in numbers if content == attention.softcap[0])
+    replace_arguments(
+        rewriting, attention.step, {cap: rewriting.with_other_content(cap, lambda values: values * 10_000)}
+    )
     rewriting.save()
 
 
@@ -241,7 +268,8 @@ def untie_head(path: Path, place: Place) -> None:
     file = rewriting.file
     step = delegate_of(file, file.forward.outputs[0])
     payload = file.delegates[step.index]
-    value = payload.values[payload.producers[payload.outputs[-1]].inputs[1]]
+    head = [node for node in payload.nodes if node.kind == "FullyConnected"][-1]  # a soft cap may follow
+    value = payload.values[head.inputs[1]]
     content = file.named_data(value.constant.key, value.constant.size).copy()
     if place.part == "row":
         rows = content.reshape(value.shape[0], -1)
@@ -271,7 +299,13 @@ def rotated_layers(file: PteFile, manifest: Manifest) -> list[Place]:
 
 
 def windowed(file: PteFile, layer: int) -> bool:
-    return layer_attentions(file)[layer].mask is not None
+    stated = {(fact.node, fact.name): fact.value for fact in stated_facts(file)}
+    return stated[f"attention {layer}", "window"] is not None
+
+
+def capped_layers(file: PteFile, _manifest: Manifest) -> list[Place]:
+    attentions = layer_attentions(file)
+    return [Place(layer) for layer in chosen_layers(x for x, found in enumerate(attentions) if found.softcap)]
 
 
 def windowed_layers(file: PteFile, manifest: Manifest) -> list[Place]:
@@ -279,9 +313,10 @@ def windowed_layers(file: PteFile, manifest: Manifest) -> list[Place]:
 
 
 def position_places(file: PteFile, manifest: Manifest) -> list[Place]:
-    """A mask makes the kernel's own position idle."""
+    """A mask makes the kernel's own position idle, and explicit attention has none."""
     layers = range(manifest.model.layers)
-    read = chosen_layers(layer for layer in layers if not windowed(file, layer))
+    attentions = layer_attentions(file)
+    read = chosen_layers(layer for layer in layers if attentions[layer].mask is None)
     return [Place(layer, "cache") for layer in chosen_layers(layers)] + [Place(layer, "attention") for layer in read]
 
 
@@ -310,6 +345,7 @@ FAULTS: Mapping[str, Callable[[Path, Place], None]] = {
     "one layer skipped": skip_layer,
     "window ignored": ignore_window,
     "window one too wide": widen_window,
+    "soft cap ignored": ignore_soft_cap,
     "key/value heads paired wrongly": reverse_kv_heads,
     "lm head untied": untie_head,
 }
@@ -325,6 +361,7 @@ PLACES: Mapping[str, Callable[[PteFile, Manifest], list[Place]]] = {
     "one layer skipped": lambda _, manifest: all_layers(manifest),
     "window ignored": windowed_layers,
     "window one too wide": windowed_layers,
+    "soft cap ignored": capped_layers,
     "key/value heads paired wrongly": lambda _, manifest: kv_head_places("executorch", manifest),
     "lm head untied": head_places,
 }

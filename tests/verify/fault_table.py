@@ -108,9 +108,8 @@ class FaultTable:
         folder = self._folder / model
         row = next(row for row in ROWS if row.name == model.split()[0])
         write_checkpoint(row, folder)
-        targets = TARGETS if model.split()[0] == model else ("onnx", "coreml")  # ExecuTorch's kernel has no soft cap
         # A store of its own: a graph is found by the configuration, which says nothing of the soft caps put in here.
-        options = ExportOptions(targets=targets, store=self._folder / f"store of {model}", verify=False)
+        options = ExportOptions(targets=TARGETS, store=self._folder / f"store of {model}", verify=False)
         with _soft_caps(model):
             return export_bundle(str(folder), self._folder / f"{model}.pocketlm", options)
 

@@ -27,7 +27,9 @@ def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
     """Refuse what neither XNNPACK nor ExecuTorch's attention kernel can express."""
     for node in graph:
         if isinstance(node, MixtureOfExperts):
-            raise UnsupportedError("executorch: a mixture of experts is not lowered yet")
+            raise UnsupportedError(
+                "executorch: a mixture of experts: ExecuTorch's kernel for it reads weights packed by TorchAO alone"
+            )
         if isinstance(node, Attention):
             _check_attention(node)
         elif isinstance(node, Activation) and node.kind not in ACTIVATIONS:

@@ -123,7 +123,7 @@ def _groups(file: PteFile, numbers: Sequence[int]) -> list[list[int]]:
 
 def _independent_of_tokens(file: PteFile) -> set[int]:
     """Instructions that count positions and slice tables by them: every part has its own."""
-    dependent: set[int] = set()
+    dependent = _caches(file)
     found = set()
     for number, step in enumerate(file.steps):
         if (
@@ -161,8 +161,12 @@ def _is_given(file: PteFile, index: int) -> bool:
     tensor = file.forward.values[index].val
     if not isinstance(tensor, schema.Tensor) or tensor.data_buffer_idx:
         return False
-    return index not in {step.arguments[1] for step in file.steps
-                         if isinstance(step, KernelStep) and step.operator == UPDATE_CACHE}  # fmt: skip
+    return index not in _caches(file)
+
+
+def _caches(file: PteFile) -> set[int]:
+    updates = (step for step in file.steps if isinstance(step, KernelStep) and step.operator == UPDATE_CACHE)
+    return {step.arguments[1] for step in updates}
 
 
 def _part_program(file: PteFile, part: Part) -> bytes:
