@@ -59,7 +59,8 @@ class DecoderConfig:
     """The mathematics of a decoder. ``context_length`` is the longest the model was made for.
 
     ``layer_norm``: norms are layer norms with a bias, else RMS norms times weight + ``norm_offset``. ``residual_scale``
-    is on what attention and MLP add; ``attention_scale`` None is 1/sqrt(head_dim). ``suppressed_ids`` are never to be
+    is on what attention and MLP add; ``attention_scale`` None is 1/sqrt(head_dim). ``parallel_residual``:
+    attention and MLP read one norm and are added together. ``suppressed_ids`` are never to be
     chosen: the head's bias :data:`SUPPRESSING_BIAS`, which no file has, sees to it.
     """
 
@@ -80,6 +81,7 @@ class DecoderConfig:
     head_bias: bool = False
     query_key_norm: bool = False
     layer_norm: bool = False
+    parallel_residual: bool = False
     norm_offset: float = 0.0
     activation: str = "silu"
     embedding_scale: float = 1.0

@@ -40,8 +40,11 @@ class Decoder:
 
     def layer(self, x: Value, name: str, index: int) -> Value:
         """One layer of the residual."""
-        attention = f"{name}.{self.attention_name}"
-        x = self.add(x, self.attention(self.norm(x, f"{name}.input_layernorm"), attention, index))
+        normal = self.norm(x, f"{name}.input_layernorm")
+        attended = self.attention(normal, f"{name}.{self.attention_name}", index)
+        if self.config.parallel_residual:
+            return self.add(x, self.build.add(attended, self.feed_forward(normal, name, index)))
+        x = self.add(x, attended)
         return self.add(x, self.feed_forward(self.norm(x, f"{name}.post_attention_layernorm"), name, index))
 
     def add(self, x: Value, made: Value) -> Value:

@@ -20,22 +20,15 @@ def configure(fields: Fields) -> DecoderConfig:
     return replace(
         read_decoder(fields, defaults),
         query_key_value_bias=True, output_bias=True, mlp_bias=True, head_bias=True, layer_norm=True,
+        parallel_residual=True,
     )  # fmt: skip
 
 
 class Decoder(_decoder.Decoder):
-    """One norm a layer, an MLP of two matrices."""
+    """An MLP of two matrices, and names of its own."""
 
     output_name = "dense"
     final_norm_name = "model.final_layernorm"
-
-    def layer(self, x: Value, name: str, index: int) -> Value:
-        """``x + attention(n) + mlp(n)`` with ``n = norm(x)``."""
-        normal = self.norm(x, f"{name}.input_layernorm")
-        made = self.build.add(
-            self.attention(normal, f"{name}.{self.attention_name}", index), self.feed_forward(normal, name, index)
-        )
-        return self.add(x, made)
 
     def mlp(self, x: Value, name: str) -> Value:
         """``fc2(activation(fc1(x)))``."""
