@@ -12,14 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tests.architectures import phi3small_model
 from tests.tiny_row import CONTEXT, Row
 
-__all__ = ["CONTEXT", "ROWS", "Row", "write_checkpoint"]
+__all__ = ["CONTEXT", "ROWS", "WITH_EXPERTS", "Row", "write_checkpoint"]
 
 # Their norms multiply by 1 + weight.
 OFFSET_NORMS = ("gemma", "gemma2", "gemma3_text")
 
-# Norms that write to the residual.
-BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
-POST_NORMS = {"gemma2": BEHIND, "gemma3_text": BEHIND, "olmo2": BEHIND}
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
+# Norms that stand behind attention and MLP, and write to the residual.
+POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+POST_NORM_TYPES = ("gemma2", "gemma3_text", "olmo2")
 
 BASE = {
     "vocab_size": 320,
@@ -50,8 +51,14 @@ LONGROPE = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "rope_theta": 1e4}
 PHI = {key: value for key, value in BASE.items() if key != "rms_norm_eps"}
 GEMMA = {**BASE, "head_dim": 32, "pad_token_id": 0}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.05,
+    "logits_scaling": 8.0,
+}
 GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
-EXPERTS = {**BASE, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+EXPERTS = {**BASE, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 ROWS = [
     Row("llama", "llama", {**BASE, "tie_word_embeddings": True}),
@@ -205,6 +212,17 @@ ROWS = [
     ),
     Row("qwen3-moe-outliers", "qwen3_moe", {**EXPERTS, "norm_topk_prob": True}, outlier=1e3),
     *phi3small_model.ROWS,
+    Row("olmo2", "olmo2", {**BASE, "pad_token_id": 0}),
+    Row("olmo2-odd", "olmo2", {**BASE, "hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    Row("olmo2-outliers", "olmo2", {**BASE, "pad_token_id": 0}, outlier=1e3),
+    Row("granite", "granite", {**BASE, **GRANITE, "tie_word_embeddings": True, "vocab_size": 331}),
+    Row("granite-biases", "granite", {**BASE, **GRANITE, "attention_bias": True, "mlp_bias": True}),
+    Row("granite-outliers", "granite", {**BASE, **GRANITE}, outlier=1e3),
+    # StableLM 3B's heads of 80, of which 20 are rotated, in small: 40, of which 10
+    Row("stablelm", "stablelm", {**PHI, "hidden_size": 80, "num_attention_heads": 2}),
+    Row("stablelm-2", "stablelm", {**PHI, "num_key_value_heads": 4, "use_qkv_bias": True}),
+    Row("stablelm-parallel", "stablelm", {**PHI, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+    Row("stablelm-outliers", "stablelm", {**PHI}, outlier=1e3),
 ]
 
 
@@ -240,28 +258,36 @@ def _initial(name: str, parameter: torch.Tensor, center: float) -> torch.Tensor:
 
 
 def _add_outliers(model: torch.nn.Module, size: float) -> None:
-    """Drive two residual channels to about ``size``, as released models do: from the embedding on, or, where a norm
-    stands behind attention and MLP, by what these norms add.
+    """Drive two residual channels to about ``size`` from the first layer on, as released models do.
 
-    What adds to the two gains a factor, and what reads them, a norm, loses one.
+    What adds to them gains a factor, and what reads them, a norm, loses one.
     """
-    offset = 1.0 if model.config.model_type in OFFSET_NORMS else 0.0
     embedding = model.model.embed_tokens.weight
-    behind = POST_NORMS.get(model.config.model_type, ())
-    if not behind:
-        scale = float(getattr(model.model.embed_tokens, "embed_scale", 1.0))
-        for channel, sign in ((5, 1.0), (17, -1.0)):
-            embedding[:, channel] = sign * size / scale * (1 + 0.1 * torch.randn(len(embedding)))
+    scale = float(getattr(model.model.embed_tokens, "embed_scale", 1.0))
+    offset = 1.0 if model.config.model_type in OFFSET_NORMS else 0.0
+    for channel, sign in ((5, 1.0), (17, -1.0)):
+        embedding[:, channel] = sign * size / scale * (1 + 0.1 * torch.randn(len(embedding)))
+    behind = POST_NORMS if model.config.model_type in POST_NORM_TYPES else ()
     for name, parameter in model.model.named_parameters():
         norm = name.split(".")[-2]
-        if name.endswith(("o_proj.weight", "self_attn.dense.weight")) and not behind:
+        if name.endswith(("o_proj.weight", "self_attn.dense.weight")):
             parameter[5] *= 20
-        elif name.endswith(("mlp.down_proj.weight", "mlp.fc2.weight", "experts.down_proj")) and not behind:
+        elif name.endswith(("mlp.down_proj.weight", "mlp.fc2.weight", "experts.down_proj")):
             parameter[..., 17, :] *= 20
-        elif norm in behind:
-            parameter[[5, 17]] = (parameter[[5, 17]] + offset) * size - offset
-        elif "norm" in norm and name.endswith(".weight") and len(parameter) == model.config.hidden_size:
-            parameter[[5, 17]] = (parameter[[5, 17]] + offset) * 0.05 - offset
+        elif "norm" in norm and norm not in behind and len(parameter) == model.config.hidden_size:
+            # A soft cap would leave nothing of the logits that a tied head makes of its own outliers.
+            factor = 1e-3 if behind and norm == "norm" else 0.05
+            if name.endswith(".weight"):
+                parameter[[5, 17]] = (parameter[[5, 17]] + offset) * factor - offset
+    _raise_logits(model, offset)
+
+
+def _raise_logits(model: torch.nn.Module, offset: float) -> None:
+    """Bring logits that the outliers pressed down back to a deviation of one: nearly equal ones would hide errors."""
+    deviation = model(torch.arange(5, 105)[None]).logits.std()
+    norm = getattr(model.model, "norm", None) or model.model.final_layernorm
+    if deviation < 0.5:
+        norm.weight.copy_((norm.weight + offset) / deviation - offset)
 
 
 def write_tokenizer(folder: Path, vocabulary_size: int) -> None:

@@ -19,12 +19,17 @@ def difference(logits: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     return float(np.abs(error).max() / expected.std()), float(np.sqrt((error**2).mean()) / expected.std())
 
 
-def mean_kl(logits: np.ndarray, expected: np.ndarray) -> float:
-    """Mean over positions of KL(expected || logits), nats."""
+def position_kl(logits: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """KL(expected || logits) of each position, nats."""
 
     def log_softmax(x: np.ndarray) -> np.ndarray:
         x = x - x.max(-1, keepdims=True)
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
     p, q = log_softmax(expected), log_softmax(logits)
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def mean_kl(logits: np.ndarray, expected: np.ndarray) -> float:
+    """Mean over positions of :func:`position_kl`."""
+    return float(position_kl(logits, expected).mean())

@@ -1,17 +1,21 @@
 """Every architecture of the table, in every runtime: float32 against transformers, int4 against the eager reference."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+from pocketlm.errors import UnsupportedError
 from pocketlm_export.architectures import build_graph
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import quantize
 from pocketlm_export.verify.reference import ReferenceSession
-from tests.architectures.parity import DECODE, PROMPT, difference, mean_kl, run
-from tests.tiny_models import ROWS
+from tests.architectures.parity import DECODE, PROMPT, difference, position_kl, run
+from tests.refusals import REFUSALS, SCHEMES, refusal_of
+from tests.tiny_models import ROWS, WITH_EXPERTS
 
 RUNTIMES = ("onnx", "executorch", "coreml")
 # Largest and rms difference over the deviation of the logits. ONNX and ExecuTorch compute in float32; Core ML rounds
@@ -46,12 +50,22 @@ def test_the_eager_reference_equals_transformers(row, tiny_checkpoint, tmp_path)
     assert rms <= RMS["reference"]
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_fp32_equals_transformers(row, runtime, tiny_checkpoint, tiny_bundle):
+def cells(*schemes: str) -> list:
+    """Row, runtime and scheme of every cell of the table that is not refused."""
+    return [
+        pytest.param(row, runtime, scheme, id="-".join((row.name, scheme, runtime)))
+        for row in ROWS
+        for scheme in schemes
+        for runtime in RUNTIMES
+        if refusal_of(row, runtime, scheme) is None
+    ]
+
+
+@pytest.mark.parametrize(("row", "runtime", "scheme"), cells("fp32"))
+def test_fp32_equals_transformers(row, runtime, scheme, tiny_checkpoint, tiny_bundle):
     _, model = tiny_checkpoint(row.name)
     tokens = tokens_for(row)
-    with tiny_bundle(row.name, "fp32", runtime).session(runtime, threads=1) as session:
+    with tiny_bundle(row.name, scheme, runtime).session(runtime, threads=1) as session:
         largest, rms = difference(run(session, tokens), transformers_logits(model, tokens))
     assert largest <= LARGEST[runtime]
     assert rms <= RMS[runtime]
@@ -63,13 +77,15 @@ MEAN_KL = {"onnx": 1e-3, "executorch": 1e-3, "coreml": 1e-3}
 # The outlier row's logits reach 838, where float16's spacing is 0.5: rounding only the logits of the reference gives
 # 4.7e-3, rounding only its constants 2.4e-3; the package has 4.0e-3.
 MEAN_KL_COREML_LARGE_LOGITS = {"llama-outliers": 8e-3}
+# With experts, the noise of the activations turns choices of a router that are nearly ties, and such a position jumps.
+# Rounding only the reference's activations to int8 gives a mean of 6.4e-3 for mixtral in int8, as ONNX Runtime does,
+# and up to 1.7e-2 with a median of 2.2e-3 elsewhere. Twice the largest that was measured in a runtime.
+MEAN_KL_EXPERTS, MEDIAN_KL_EXPERTS = 1.7e-2, 1.8e-3
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("scheme", ("int4", "int8"))
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize(("row", "runtime", "scheme"), cells("int4", "int8"))
 def test_quantized_agrees_with_the_reference_on_the_same_integers(
-    row, scheme, runtime, tiny_checkpoint, tiny_bundle, tmp_path
+    row, runtime, scheme, tiny_checkpoint, tiny_bundle, tmp_path
 ):
     folder, _ = tiny_checkpoint(row.name)
     tokens = tokens_for(row)
@@ -78,4 +94,31 @@ def test_quantized_agrees_with_the_reference_on_the_same_integers(
     if runtime == "coreml":
         limit = MEAN_KL_COREML_LARGE_LOGITS.get(row.name, limit)
     with tiny_bundle(row.name, scheme, runtime).session(runtime, threads=1) as session:
-        assert mean_kl(run(session, tokens), expected) <= limit
+        found = position_kl(run(session, tokens), expected)
+    if row.model_type in WITH_EXPERTS:
+        assert np.median(found) <= MEDIAN_KL_EXPERTS
+        limit = MEAN_KL_EXPERTS
+    assert found.mean() <= limit
+
+
+REFUSED = [
+    (row, runtime, scheme)
+    for row in ROWS
+    for runtime in RUNTIMES
+    for scheme in SCHEMES
+    if refusal_of(row, runtime, scheme) is not None
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "runtime", "scheme"), REFUSED, ids=lambda value: value if isinstance(value, str) else value.name
+)
+def test_a_refused_cell_is_refused_by_name(row, runtime, scheme, tiny_bundle):
+    refusal = refusal_of(row, runtime, scheme)
+    with pytest.raises(UnsupportedError, match=re.escape(refusal.words)):
+        tiny_bundle(row.name, scheme, runtime)
+
+
+def test_every_refusal_names_a_row_or_an_architecture():
+    known = {row.name for row in ROWS} | {row.model_type for row in ROWS}
+    assert {name for refusal in REFUSALS for name in refusal.rows} <= known
