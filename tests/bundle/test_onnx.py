@@ -27,6 +27,14 @@ from pocketlm_export.quantization.weights import quantize
 from pocketlm_export.verify.reference import ReferenceSession
 
 MODELS = ("model.onnx", "head.onnx")
+# Of each kind of model that onnxruntime-genai has no own name for here: all go by its generic one.
+GENAI_CASES = [
+    (name, scheme, "int8")
+    for name in (
+        "phi", "phi3", "phi3-window", "gemma", "gemma2", "gemma3", "mixtral", "qwen3-moe-plain-shares",
+    )
+    for scheme in ("fp32", "int8")
+]  # fmt: skip
 PAGE = 4096
 # Name, scheme, head: tied and untied, fused and rotated outside the kernel, heads and columns that must be filled up.
 CASES = [
@@ -158,7 +166,7 @@ def test_two_exports_are_byte_identical(tiny_checkpoint, tmp_path):
         assert (folders[0] / "onnx" / name).read_bytes() == (folders[1] / "onnx" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("name", "scheme", "head"), CASES)
+@pytest.mark.parametrize(("name", "scheme", "head"), [*CASES, *GENAI_CASES])
 def test_onnxruntime_genai_generates_the_sessions_greedy_tokens(name, scheme, head, tiny_bundle):
     import onnxruntime_genai
 

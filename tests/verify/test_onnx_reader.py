@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings, strategies
 
 from pocketlm.errors import BundleError, CheckError, PocketLMError, UnsupportedError
 from pocketlm_export.architectures import build_graph
+from pocketlm_export.backends.onnx.file import OnnxFile
 from pocketlm_export.backends.reading import Call, NotRun, Past, Run, open_reader
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.quantization.schemes import assign_rows
@@ -22,6 +23,12 @@ from tests.verify.onnx_faults import FAULTS, Place, places
 # Heads rotated outside the kernel, windows, query and key norms with biases, filled heads and columns, large residuals.
 NAMES = ("llama-9-heads", "qwen2-window", "qwen3-biases", "llama-odd-head-dim", "llama-odd-widths", "llama-outliers")
 CASES = [(name, scheme) for name in NAMES for scheme in ("int4", "fp32")]
+# Layer norms, parallel blocks, rows of fused tensors, norms with an offset, scales, soft caps; experts in every scheme.
+OPERATORS = [
+    *((name, scheme) for name in ("phi", "phi3", "gemma2", "gemma3") for scheme in ("int4", "fp32")),
+    *((name, scheme) for name in ("mixtral", "qwen3-moe-plain-shares") for scheme in ("int8", "fp32")),
+    ("mixtral", "int4"),
+]
 CONTEXT = 160
 WINDOW = 11  # of qwen2-window
 FLOOR = 1e-9  # of float64 against float64; measured 2e-14 at most
@@ -87,7 +94,7 @@ def first(graph, operator):
     return next(node for node in graph.node if node.op_type == operator)
 
 
-@pytest.mark.parametrize(("name", "scheme"), CASES)
+@pytest.mark.parametrize(("name", "scheme"), [*CASES, *OPERATORS])
 def test_execution_in_float64_is_the_reference(name, scheme, tiny_bundle, tiny_checkpoint, tmp_path):
     bundle = tiny_bundle(name, scheme, "onnx")
     reader = opened(bundle)
@@ -98,7 +105,7 @@ def test_execution_in_float64_is_the_reference(name, scheme, tiny_bundle, tiny_c
     assert counts["weights"] == len(bundle.manifest.weights)
 
 
-@pytest.mark.parametrize(("name", "scheme"), CASES)
+@pytest.mark.parametrize(("name", "scheme"), [*CASES, *OPERATORS])
 def test_the_runtime_in_float32_means_the_same(name, scheme, tiny_bundle):
     reader = opened(tiny_bundle(name, scheme, "onnx"))
     # float32 against float64; measured 1.2e-5 at most, with residuals of 1000.
@@ -318,6 +325,73 @@ def test_every_fault_of_the_list_is_seen_by_level_one_or_two(name, tiny_bundle, 
             seen = deviation(faulty.execute(SHORT_RUNS), executed) > 1e-6
             assert seen or (fault == UNREAD and "embed_tokens" in str(place)), f"{fault}: {place}"
             shutil.rmtree(folder)
+
+
+def constant_of(graph, value):
+    return next(constant for constant in graph.initializer if constant.name == value)
+
+
+def change_number(graph, node, index, value):
+    """The float32 number that an operator reads, and no other."""
+    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), "changed"))
+    node.input[index] = "changed"
+
+
+def change_factor(graph):
+    node = next(node for node in graph.node if node.op_type == "Mul" and node.input[1].startswith("float32"))
+    change_number(graph, node, 1, onnx.numpy_helper.to_array(constant_of(graph, node.input[1])) * 1.01)
+
+
+def drop_offset(graph):
+    node = next(node for node in graph.node if node.name.endswith("with_offset"))
+    change_number(graph, node, 1, 0)
+
+
+def choose_fewer(graph):
+    next(a for a in first(graph, "QMoE").attribute if a.name == "k").i -= 1
+
+
+def renormalize(graph):
+    node = first(graph, "QMoE")
+    del node.input[7:]
+    graph.node.remove(first(graph, "Softmax"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("gemma2", change_factor, True),
+        ("gemma2", drop_offset, False),
+        ("mixtral", choose_fewer, True),
+        ("qwen3-moe-plain-shares", renormalize, True),
+    ],
+)
+def test_what_only_some_models_have_is_seen(name, change, told, tiny_bundle, tmp_path):
+    bundle = tiny_bundle(name, "int8", "onnx")
+    reader = opened(bundle)
+    stated, executed = level_one(reader, bundle), reader.execute(SHORT_RUNS)
+    folder = copied(bundle, tmp_path)
+    edit(folder, change)
+    faulty = opened(bundle, folder)
+    assert (level_one(faulty, bundle) != stated) == told
+    assert deviation(faulty.execute(SHORT_RUNS), executed) > 1e-6
+
+
+def test_exchanged_rows_of_gate_and_up_are_seen(tiny_bundle, tmp_path):
+    bundle = tiny_bundle("mixtral", "int8", "onnx")
+    reader = opened(bundle)
+    executed = reader.execute(SHORT_RUNS)
+    gates = [weight.places["onnx"] for name, weight in bundle.manifest.weights.items() if name.endswith("w1.weight")]
+    folder = copied(bundle, tmp_path)
+    file = OnnxFile(folder / "model.onnx")
+    path, offset, size = file.place(file.entry(gates[0].entry)[0])
+    codes = np.memmap(path, np.uint8, "r+", offset, size).reshape(-1, 2, bundle.manifest.model.hidden_size)
+    codes[:] = codes[:, ::-1].copy()
+    codes.base.flush()
+    faulty = opened(bundle, folder)
+    changed = faulty.rows(gates[0].entry, gates[0].first_row, gates[0].first_row + 2)
+    assert (changed.codes != reader.rows(gates[0].entry, gates[0].first_row, gates[0].first_row + 2).codes).any()
+    assert deviation(faulty.execute(SHORT_RUNS), executed) > 1e-6
 
 
 def test_the_faulty_files_mean_to_the_runtime_what_they_mean_to_execution(tiny_bundle, tmp_path):
