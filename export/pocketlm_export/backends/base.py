@@ -14,6 +14,7 @@ from pocketlm.errors import InputError
 from pocketlm_export.architectures import DecoderConfig
 from pocketlm_export.checkpoint.generation import Generation
 from pocketlm_export.graph.graph import Graph
+from pocketlm_export.graph.rotary import LongRotary
 from pocketlm_export.quantization.schemes import SchemeRow
 from pocketlm_export.quantization.weights import Weights
 
@@ -58,14 +59,25 @@ class Lowering:
     progress: Callable[[str, int], None] = field(default=lambda _name, _elements: None)
 
     @property
-    def dropped_windows(self) -> tuple[str, ...]:
-        """A note on each sliding window that no artifact has, because the exported context fits into it."""
+    def context_notes(self) -> tuple[str, ...]:
+        """What the exported context decided: each sliding window that no artifact has because the context fits into
+        it, and which factors of LongRoPE apply."""
         context = self.graph.context_length
         windows = sorted({layer.window for layer in self.config.layers if layer.window is not None})
-        return tuple(
-            f"sliding window {window} dropped: the context of {context} fits into it"
-            for window in windows
-            if window >= context
+        rotations = [layer.rotary for layer in self.config.layers if isinstance(layer.rotary, LongRotary)]
+        return (
+            *(
+                f"sliding window {window} dropped: the context of {context} fits into it"
+                for window in windows
+                if window >= context
+            ),
+            *(
+                f"LongRoPE: short factors, for contexts of up to {original}"
+                if context <= original
+                else f"LongRoPE: long factors from the first token, as the context of {context} exceeds {original}; "
+                f"transformers takes the short ones up to there"
+                for original in sorted({rotary.original_context for rotary in rotations})
+            ),
         )
 
 

@@ -69,7 +69,7 @@ def _notes(lowering: Lowering, form: AttentionForm, longest_call: int, shift: in
         f"functions: prefill (1 to {longest_call} tokens, logits of the last), decode (one token), score (as prefill, "
         "logits of all); one state serves all three",
         *([f"the residual is held times 2^-{shift}, because fp16 can't hold this family's"] if shift else []),
-        *lowering.dropped_windows,
+        *lowering.context_notes,
     )
 
 

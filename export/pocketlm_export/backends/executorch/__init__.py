@@ -106,7 +106,7 @@ def _notes(lowering: Lowering, longest_call: int) -> tuple[str, ...]:
             f"calls take up to {longest_call} tokens; ExecuTorch's own runner splits longer prompts, but does not stop "
             f"at the context of {context}: there, bound prompt and new tokens yourself"
         )
-    return (*notes, *lowering.dropped_windows)
+    return (*notes, *lowering.context_notes)
 
 
 def libraries() -> Mapping[str, str]:

@@ -121,7 +121,7 @@ def write(lowering: Lowering, folder: Path) -> Artifact:
         notes=(
             *(f"onnxruntime-genai has no {key}: genai_config.json leaves it out" for key in unknown),
             *rewritten,
-            *lowering.dropped_windows,
+            *lowering.context_notes,
         ),
     )
 
