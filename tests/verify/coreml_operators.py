@@ -154,7 +154,7 @@ class Layer:
 
     def __init__(self, block: Block, layer: int) -> None:
         self.block = block
-        softmax = block.of_kind("softmax")[layer]
+        softmax = [o for o in block.of_kind("softmax") if block.kind_of(block.input(o, "x")) == "add"][layer]
         self.masked = block.maker(block.input(softmax, "x"))
         scores = block.input(self.masked, "x")
         self.capped = block.kind_of(scores) == "mul"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pocketlm.errors import BundleError, CheckError, InputError, PocketLMError, UnsupportedError
 from pocketlm.runtimes.coreml import CoreMLSession, function_of
 from pocketlm.runtimes.coreml_interpreter import Interpreter
+from pocketlm.runtimes.coreml_interpreter.protobuf import parse_model
 from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends.base import Lowering
 from pocketlm_export.backends.coreml.read import open_reader
@@ -43,6 +44,10 @@ VARIANTS = [
     ("llama-outliers", "int4", "int4"),
     ("qwen3-biases", "fp32", "int8"),
     ("smollm3-window", "fp32", "int8"),
+    ("phi-2", "int4", "int8"),  # parallel blocks, layer norms, partial rotation, biases everywhere
+    ("gemma2", "int4", "int8"),  # soft caps, windows, scales, and the residual held times a power of two
+    ("gemma3-outliers", "fp32", "int8"),  # norms of heads from zero
+    ("phi3small", "int4", "int8"),  # sparse blocks, clamps
 ]
 IDS = ["-".join(variant) for variant in VARIANTS]
 TOKENS = tuple(np.random.default_rng(3).integers(5, 320, 48).tolist())
@@ -186,6 +191,51 @@ def test_what_overflows_fp16_is_named_by_operator(tiny_bundle, tmp_path):
     with pytest.raises(CheckError, match=r"linear 'linear_\d+': output .* holds infinity \(float16\)"):
         reader.emulate(RUNS)
     assert all(np.isfinite(logits).all() for trace in reader.execute(RUNS) for logits in trace.logits)
+
+
+@pytest.mark.parametrize("row", ["mixtral", "qwen3-moe-plain-shares", "qwen3-moe-mixed"])
+def test_chosen_experts_are_stated_and_computed(row, verified):
+    """Token by token, which is as far as their calls go."""
+    bundle, graph, weights, _ = verified(row, "int4", "int8")
+    assert bundle.manifest.targets["coreml"].longest_call == 1
+    reader = open_reader(package_of(bundle), bundle.manifest)
+    assert not states_otherwise(reader, graph, bundle, weights)
+    assert ("experts 0", "renormalize") in {(fact.node, fact.name) for fact in reader.facts()}
+    runs = [Run("steps", tuple(Call((token,), 1) for token in TOKENS[:24]))]
+    reference = run_lanes(graph, [Lane(name="reference", runs=runs, weights=weights, stored=reader.stored)])
+    (wanted,), (found,) = reference["reference"], reader.execute(runs)
+    for name in ("logits", "keys", "values"):
+        one, other = np.concatenate(getattr(wanted, name)), np.concatenate(getattr(found, name))
+        assert np.abs(one - other).max() < EXACT * one.std()
+
+
+@pytest.fixture
+def with_stated_shift(verified, tmp_path):
+    """``with_stated_shift(text)`` -> gemma2's package that states another shift, bundle, graph, weights."""
+
+    def make(shift: str) -> tuple:
+        bundle, graph, weights, _ = verified("gemma2", "int4", "int8")
+        package = shutil.copytree(package_of(bundle), tmp_path / "model.mlpackage")
+        model = parse_model(model_file(package).read_bytes())
+        model.description.metadata.userDefined["pocketlm.residual_shift"] = shift
+        model_file(package).write_bytes(model.SerializeToString(deterministic=True))
+        return package, bundle, graph, weights
+
+    return make
+
+
+@pytest.mark.parametrize("shift", ["5", "0"])
+def test_another_shift_of_the_residual_than_the_program_has_shows(shift, with_stated_shift):
+    package, bundle, graph, weights = with_stated_shift(shift)
+    stated = states_otherwise(open_reader(package, bundle.manifest), graph, bundle, weights)
+    assert stated.startswith("epsilon of norm 0: ")
+
+
+@pytest.mark.parametrize("shift", ["-1", "16", "six", ""])
+def test_a_shift_that_is_no_small_number_is_refused(shift, with_stated_shift):
+    package, bundle, _, _ = with_stated_shift(shift)
+    with pytest.raises(BundleError, match=r"model\.mlmodel: pocketlm\.residual_shift is .*, not 0 to 15"):
+        open_reader(package, bundle.manifest)
 
 
 # Forms of attention

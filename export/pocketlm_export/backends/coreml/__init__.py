@@ -20,6 +20,7 @@ from pocketlm_export.graph.graph import (
     LastPositions,
     LayerNorm,
     Linear,
+    MixtureOfExperts,
     Multiply,
     RmsNorm,
     Scale,
@@ -28,7 +29,10 @@ from pocketlm_export.quantization.schemes import SchemeRow
 
 __all__ = ["check", "libraries", "write"]
 
-NODES = (Activation, Add, Attention, Clamp, Embedding, LastPositions, LayerNorm, Linear, Multiply, RmsNorm, Scale)
+NODES = (
+    Activation, Add, Attention, Clamp, Embedding, LastPositions, LayerNorm, Linear, MixtureOfExperts, Multiply, RmsNorm,
+    Scale,
+)  # fmt: skip
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid")
 # sqrt(epsilon) / 2^-10 squared, which the norm computes, must stay below 65504, and above fp16's least number even
 # where a residual is shifted.

@@ -8,6 +8,7 @@ import numpy as np
 
 from pocketlm_export.backends.coreml.attention import emit_attention
 from pocketlm_export.backends.coreml.emission import AttentionForm, Emission, Var
+from pocketlm_export.backends.coreml.experts import emit_mixture_of_experts
 from pocketlm_export.backends.coreml.importing import coremltools, mil
 from pocketlm_export.backends.coreml.layout import Layout
 from pocketlm_export.backends.coreml.norms import emit_layer_norm, emit_rms_norm
@@ -21,6 +22,7 @@ from pocketlm_export.graph.graph import (
     LastPositions,
     LayerNorm,
     Linear,
+    MixtureOfExperts,
     Multiply,
     RmsNorm,
     Scale,
@@ -147,6 +149,7 @@ EMITTERS: Mapping[type, Callable[[Emission, Any], None]] = {
     RmsNorm: emit_rms_norm,
     LayerNorm: emit_layer_norm,
     Attention: emit_attention,
+    MixtureOfExperts: emit_mixture_of_experts,
     Add: _add,
     Multiply: _multiply,
     Scale: _scale,

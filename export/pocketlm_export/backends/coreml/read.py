@@ -165,6 +165,7 @@ class CoreMLReader:
             rows = covered.setdefault(place.entry, np.zeros(self._package.row_count(place.entry), np.bool_))
             rows[place.first_row : place.first_row + weight.shape[0]] = True
         tables = {name for s in structures.values() for a in s.attentions for name in a.tables}
+        tables |= {name for s in structures.values() for e in s.experts for name in e.tables}
         tables |= {structure.positions.every for structure in structures.values()}
         for name in (*self._package.names, *self._package.quantized):
             if name in tables:
@@ -190,6 +191,9 @@ def _facts(structure: Structure) -> Iterator[Fact]:
     for index, bounds in enumerate(structure.clamps):
         for name, bound in zip(("least", "most"), bounds, strict=True):
             yield Fact(f"clamp {index}", name, bound)
+    for index, experts in enumerate(structure.experts):
+        yield Fact(f"experts {index}", "chosen", experts.chosen)
+        yield Fact(f"experts {index}", "renormalize", experts.renormalize)
     for layer, attention in enumerate(structure.attentions):
         if attention.sparsity is not None:
             for name, number in zip(SPARSITY, attention.sparsity, strict=True):

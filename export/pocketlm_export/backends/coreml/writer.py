@@ -18,6 +18,7 @@ from pocketlm_export.backends.coreml.emission import AttentionForm
 from pocketlm_export.backends.coreml.emit import build_program
 from pocketlm_export.backends.coreml.importing import coremltools, mil_exporter
 from pocketlm_export.backends.coreml.layout import Constant, Layout
+from pocketlm_export.graph.graph import MixtureOfExperts
 from pocketlm_export.graph.residual import shift_residual
 from pocketlm_export.graph.rewrites import keep_last_positions, merge_linears
 
@@ -29,6 +30,10 @@ BLOB_CODES = {"float16": 1, "int8": 4, "int4": 8, "int32": 14}
 # Families whose trained residual leaves fp16's range. Times 2^-6 it reaches 4.2e6, and is below fp16's normal numbers
 # where it was below 4e-3.
 RESIDUAL_SHIFTS = {"gemma": 6, "gemma2": 6, "gemma3_text": 6}
+EXPERTS_NOTE = (
+    "a prompt goes token by token, because the rows of each token's experts are gathered from the quantized matrices; "
+    "whether Core ML keeps those quantized in memory was not seen"
+)
 FORMS: Mapping[AttentionForm, str] = {"explicit": "matrix products and softmax", "fused": "one fused operator"}
 
 
@@ -40,9 +45,12 @@ def write_package(lowering: Lowering, package: Path, form: AttentionForm = "expl
     shift = RESIDUAL_SHIFTS.get(lowering.config.model_type, 0)
     graph = merge_linears(shift_residual(lowering.graph, shift))
     last = keep_last_positions(graph, 1)
-    longest_call = min(LONGEST_CALL, graph.context_length)
+    # Experts of several tokens at once would be gathered for each of them, or all be computed.
+    has_experts = any(isinstance(node, MixtureOfExperts) for node in graph)
+    longest_call = 1 if has_experts else min(LONGEST_CALL, graph.context_length)
+    length = 1 if has_experts else None
     layout = Layout(lowering)
-    functions = {"prefill": (last, None), "decode": (last, 1), "score": (graph, None)}
+    functions = {"prefill": (last, length), "decode": (last, 1), "score": (graph, length)}
     program = build_program(functions, longest_call, layout, form)
 
     model = package / "Data" / "com.apple.CoreML"
@@ -58,16 +66,19 @@ def write_package(lowering: Lowering, package: Path, form: AttentionForm = "expl
         longest_call=longest_call,
         rows=longest_call,
         entries=layout.entries,
-        notes=_notes(lowering, form, longest_call, shift),
+        notes=_notes(lowering, form, longest_call, shift, has_experts),
     )
 
 
-def _notes(lowering: Lowering, form: AttentionForm, longest_call: int, shift: int) -> tuple[str, ...]:
+def _notes(
+    lowering: Lowering, form: AttentionForm, longest_call: int, shift: int, has_experts: bool
+) -> tuple[str, ...]:
     return (
         f"attention is {FORMS[form]}; iOS 26 devices gave wrong numbers for the fused one and for quantized embeddings "
         "(executorch issue 15833), and no hardware has run this package",
         f"functions: prefill (1 to {longest_call} tokens, logits of the last), decode (one token), score (as prefill, "
         "logits of all); one state serves all three",
+        *([EXPERTS_NOTE] if has_experts else []),
         *([f"the residual is held times 2^-{shift}, because fp16 can't hold this family's"] if shift else []),
         *lowering.context_notes,
     )

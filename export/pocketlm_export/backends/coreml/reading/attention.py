@@ -54,8 +54,8 @@ class _Parts:
 
 
 def mixings(walk: Walk) -> Iterator[WrittenOperator]:
-    """What stands for each attention, in the order of execution."""
-    return (operator for operator in walk.operators if operator.kind in MIXING)
+    """What stands for each attention, in the order of execution; a router's softmax is of a linear."""
+    return (o for o in walk.operators if o.kind in MIXING and walk.kind_of(*o.inputs.get("x", ("",))) != "linear")
 
 
 def attention_of(walk: Walk, positions: Positions, layer: int, mixing: WrittenOperator) -> WrittenAttention:

@@ -7,6 +7,7 @@ refused by name: what isn't understood is not read.
 from dataclasses import dataclass
 
 from pocketlm_export.backends.coreml.reading.attention import WrittenAttention, attention_of, mixings
+from pocketlm_export.backends.coreml.reading.experts import WrittenExperts, read_experts
 from pocketlm_export.backends.coreml.reading.norms import read_epsilons
 from pocketlm_export.backends.coreml.reading.pointwise import Bounds, read_clamps, read_gelus, read_scales
 from pocketlm_export.backends.coreml.reading.positions import Positions, read_positions
@@ -18,14 +19,15 @@ __all__ = ["Structure", "read_structure"]
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """``epsilons`` of the norms, ``attentions``, factors of ``scales`` and bounds of ``clamps`` in the order of
-    execution, an attention's norms included."""
+    """``epsilons`` of the norms, ``attentions``, factors of ``scales``, bounds of ``clamps`` and ``experts`` in
+    the order of execution, an attention's norms included."""
 
     positions: Positions
     epsilons: tuple[float, ...]
     attentions: tuple[WrittenAttention, ...]
     scales: tuple[float, ...]
     clamps: tuple[Bounds, ...]
+    experts: tuple[WrittenExperts, ...]
     vocabulary_size: int
 
 
@@ -35,10 +37,11 @@ def read_structure(package: WrittenPackage, function: str) -> Structure:
     positions = read_positions(walk)
     epsilons = tuple(read_epsilons(walk))
     attentions = tuple(attention_of(walk, positions, layer, mixing) for layer, mixing in enumerate(mixings(walk)))
+    experts = tuple(read_experts(walk))
     read_gelus(walk)
     # What is left of the numbers, now that all else has been read, are the graph's own scales and clamps.
     scales, clamps = tuple(read_scales(walk)), tuple(read_clamps(walk))
-    return Structure(positions, epsilons, attentions, scales, clamps, _vocabulary_size(walk))
+    return Structure(positions, epsilons, attentions, scales, clamps, experts, _vocabulary_size(walk))
 
 
 def _vocabulary_size(walk: Walk) -> int:
