@@ -178,6 +178,8 @@ def read_experts(
     if counts[0] != counts[-1]:
         raise fields.refuse(names[0], f"is {counts[0]} but {names[-1]!r} is {counts[-1]}: which one was meant?")
     chosen = fields.integer("num_experts_per_tok", chosen, most=counts[0])
+    if chosen > counts[0]:
+        raise fields.refuse("num_experts_per_tok", f"is {chosen} where it is absent, but there are {counts[0]} experts")
     return ExpertsConfig(counts[0], chosen, intermediate_size, renormalize)
 
 

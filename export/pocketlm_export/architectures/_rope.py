@@ -143,7 +143,10 @@ def _llama3(rope: _Rope) -> Rotary:
 
 
 def _yarn(rope: _Rope) -> Rotary:
-    fields, factor = rope.fields, rope.stretch()
+    fields = rope.fields
+    if "factor" not in fields:  # null is 'as far as the context', absent an error: transformers' own rule
+        raise fields.refuse("factor", "is missing")
+    factor = rope.stretch()
     if rope.theta <= 1:
         raise fields.refuse("rope_theta", f"must be greater than 1 for rope type 'yarn', not {rope.theta:g}")
     fast, slow = fields.number("beta_fast", 32, most=LARGEST_NUMBER), fields.number("beta_slow", 1, most=LARGEST_NUMBER)

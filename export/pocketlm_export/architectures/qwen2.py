@@ -17,8 +17,8 @@ def configure(fields: Fields, defaults: Defaults = Defaults(kv_heads=32)) -> Dec
     config = read_decoder(fields, defaults)
     count = len(config.layers)
     used = fields.flag("use_sliding_window", False)
-    window = fields.integer("sliding_window", 4096) if used else None
-    fields.value("sliding_window")
+    stated = fields.integer("sliding_window", 4096)
+    window = stated if used else None
     first = fields.integer("max_window_layers", 28, least=0)
     types = ["sliding_attention" if used and index >= first else "full_attention" for index in range(count)]
     windows = layer_windows(fields, count, window, types)
