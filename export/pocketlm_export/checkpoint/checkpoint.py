@@ -26,6 +26,7 @@ __all__ = ["Checkpoint", "Tensors", "open_checkpoint", "read_configuration"]
 Floats = npt.NDArray[np.float32]
 TensorSource = TensorFile | ConstantVector
 QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
+MULTIMODAL_KEYS = ("vision_config", "audio_config", "img_processor", "text_config", "thinker_config")
 OLD_PHI_KEYS = ("n_embd", "n_head", "n_layer", "n_inner", "n_positions")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEXT_LIKE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -232,6 +233,7 @@ def read_configuration(folder: Path, accept: Collection[str] = ()) -> tuple[Fiel
     model_type = fields.value("model_type")
     if not isinstance(model_type, str):
         raise fields.refuse("model_type", "is missing" if model_type is None else "must be a string")
+    _refuse_multimodal(fields, model_type)
     architecture = load_architecture(model_type, fields.source)
     _check_head(fields)
     config = architecture.configure(fields)
@@ -273,6 +275,19 @@ def _refuse_quantized(folder: Path, fields: Fields) -> None:
         raise CheckpointError(
             f"{folder}/hf_quant_config.json: the weights are already quantized: take the original checkpoint"
         )
+
+
+def _refuse_multimodal(fields: Fields, model_type: str) -> None:
+    part = next((key for key in MULTIMODAL_KEYS if key in fields), None)
+    if part is None:
+        return
+    text = fields.value("text_config")
+    inner = text.get("model_type") if isinstance(text, dict) else None
+    hint = f", whose model_type is {inner[:40]!r}" if isinstance(inner, str) else ""
+    raise UnsupportedError(
+        f"{fields.source}: model_type {model_type[:60]!r} is not supported: {part!r} says that it is multimodal. "
+        f"Save its text model{hint} as a checkpoint of its own, with names that begin with 'model.'"
+    )
 
 
 def _check_head(fields: Fields) -> None:
