@@ -263,7 +263,7 @@ def test_the_cut_graph_keeps_every_node_and_the_table_knows_its_kind(tiny_checkp
         assert sum(isinstance(node, kind) for node in nodes) == sum(isinstance(node, kind) for node in graph)
 
 
-# Of every model_type the row with the most of its own; phi3small has no class in transformers to make it.
+# A row of each model_type; phi3small has a tokenizer of its own, which the tiny one here can't stand in for.
 RUNNER_ROWS = (
     "llama",
     "qwen2-window",
