@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from pocketlm_export.backends.onnx.attention import cache_head_dim
-from pocketlm_export.backends.onnx.layout import DATA_FILE, BlockMask, Codes, Content, Layout, Region, Table, Vector
+from pocketlm_export.backends.onnx.block_mask import block_mask
+from pocketlm_export.backends.onnx.layout import DATA_FILE, Codes, Content, Layout, Region, Table, Vector
 from pocketlm_export.graph.graph import Attention, Graph, Value, WeightInfo
 
 __all__ = ["MICROSOFT", "Emission", "tensor_value"]
@@ -90,10 +91,18 @@ class Emission:
         return [self.stored(Table(node.rotary, self.graph.context_length, part)) for part in ("cos", "sin")]
 
     def block_mask(self, node: Attention) -> list[ir.Value]:
-        """Rows and columns of a block-sparse layer's mask."""
+        """Rows and columns of a block-sparse layer's mask, inside the model: older runtimes infer shapes from them."""
         assert node.sparsity is not None
-        context = self.graph.context_length
-        return [self.stored(BlockMask(node.sparsity, node.heads, context, part)) for part in ("rows", "columns")]
+        sparsity, parts = node.sparsity, []
+        parameters = sparsity.block_size, sparsity.local_blocks, sparsity.stride, sparsity.head_shift, node.heads
+        mask = block_mask(sparsity, node.heads, self.graph.context_length)
+        for part, indices in zip(("rows", "columns"), mask, strict=True):
+            name = f"block_mask_{'_'.join(map(str, parameters))}.{part}"
+            if name not in self.initializers:
+                constant = ir.tensor(indices, name=name)
+                self.initializers[name] = tensor_value(name, ir.DataType.INT32, indices.shape, constant)
+            parts.append(self.initializers[name])
+        return parts
 
     def total(self) -> ir.Value:
         """Positions after this call, int64 ``[1]``: the sum of the mask."""
@@ -148,7 +157,6 @@ def tensor_value(name: str, dtype: ir.DataType, shape: Sequence[int | str], cons
 
 
 def _external(name: str, region: Region, shape: tuple[int, ...]) -> ir.Value:
-    dtypes: dict[type, ir.DataType] = {Codes: ir.DataType.UINT8, BlockMask: ir.DataType.INT32}
-    dtype = dtypes.get(type(region.content), ir.DataType.FLOAT)
+    dtype = ir.DataType.UINT8 if isinstance(region.content, Codes) else ir.DataType.FLOAT
     tensor = ir.ExternalTensor(DATA_FILE, region.offset, region.size, dtype, shape=ir.Shape(shape), name=name)
     return tensor_value(name, dtype, shape, tensor)

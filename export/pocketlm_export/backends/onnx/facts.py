@@ -37,8 +37,6 @@ def facts(decoder: OnnxFile, head: OnnxFile, manifest: Manifest) -> Iterator[Fac
     for node in decoder.nodes:
         if node.operator in ATTENTIONS:
             tables.update(name for rotation in _rotations(decoder, node) for name in rotation)
-            if node.operator == SPARSE:
-                tables.update((node.input(5), node.input(6)))
             yield from _attention(decoder, node)
     counted, repeated = _counted(decoder), _counted(head)
     for kind, stated in counted.items():

@@ -8,19 +8,13 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import mul
 
-import numpy as np
-import numpy.typing as npt
-
 from pocketlm_export.backends.base import merged_name
-from pocketlm_export.backends.onnx.block_mask import block_mask
-from pocketlm_export.graph.graph import BlockSparsity
 from pocketlm_export.graph.rotary import Rotary
 from pocketlm_export.quantization.schemes import SchemeRow
 
 __all__ = [
     "DATA_FILE",
     "PAGE",
-    "BlockMask",
     "Codes",
     "Content",
     "Layout",
@@ -110,28 +104,7 @@ class Table:
         return self.length, len(self.rotary.frequencies)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockMask:
-    """The mask of a block-sparse attention over ``length`` positions, int32: see
-    :func:`pocketlm_export.backends.onnx.block_mask.block_mask`; ``part`` is ``rows`` or ``columns``."""
-
-    sparsity: BlockSparsity
-    heads: int
-    length: int
-    part: str
-
-    def indices(self) -> npt.NDArray[np.int32]:
-        """Of the part."""
-        rows, columns = block_mask(self.sparsity, self.heads, self.length)
-        return rows if self.part == "rows" else columns
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """int32 elements."""
-        return self.indices().shape
-
-
-Content = Codes | Scales | Matrix | Vector | Table | BlockMask
+Content = Codes | Scales | Matrix | Vector | Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +169,6 @@ class Layout:
             case Table():
                 tables = sum(isinstance(other, Table) for other in self._regions)
                 return f"rotary.{tables // 2}.{content.part}"
-            case BlockMask():
-                masks = sum(isinstance(other, BlockMask) for other in self._regions)
-                return f"block_mask.{masks // 2}.{content.part}"
 
 
 def _matrix_name(weights: tuple[str, ...]) -> str:

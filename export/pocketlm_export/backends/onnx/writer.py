@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm_export.backends.onnx.layout import (
-    BlockMask,
     Codes,
     Content,
     Layout,
@@ -58,8 +57,6 @@ def _blocks(content: Content, weights: Weights) -> Blocks:
         case Table():
             cosine, sine = rotary_tables(content.rotary, content.length)
             return iter([cosine if content.part == "cos" else sine])
-        case BlockMask():
-            return iter([content.indices()])
 
 
 def _codes(content: Codes, weights: Weights) -> Blocks:
