@@ -63,7 +63,8 @@ FORMATS = {
     "executorch": Format(4, 2, 4, None, program=16 << 10, attention=4000, linear=900, norm=900, bias=300),
     "coreml": Format(2, 2, 2, None, program=36 << 10, attention=47000, linear=1600, norm=8000, bias=700),
 }
-MASK_ROWS = 128  # executorch's longest call: each window has a mask of so many rows over twice the context
+MASK_ROWS = 128  # executorch's longest call: a mask has so many rows over twice the context
+EXPLICIT_ATTENTION = 5000  # bytes more of executorch's program where no kernel has the whole attention
 
 
 def require_space(
@@ -147,6 +148,8 @@ def _artifact_bytes(target: str, graph: Graph, rows: Rows) -> int:
                     regions += _matrix(form, [weight], rows)
             case Attention():
                 program += form.attention
+                if target == "executorch" and _is_explicit(node):
+                    program += EXPLICIT_ATTENTION
                 for norm in (node.query_norm, node.key_norm):
                     if norm is not None:
                         program += form.norm
@@ -172,18 +175,32 @@ def _matrix(form: Format, weights: Sequence[WeightInfo], rows: Rows) -> Iterator
 
 
 def _tables(target: str, graph: Graph) -> Iterator[int]:
-    """Bytes of each table that the graph implies: cosines and sines of every rotary, masks of windows, positions."""
+    """Bytes of each table that the graph implies: cosines and sines of every rotary, masks, positions."""
     context = graph.context_length
+    sparse = {(node.sparsity, node.heads) for node in graph.attentions if node.sparsity is not None}
     for rotary, head_dim in {(node.rotary, node.head_dim) for node in graph.attentions if node.rotary is not None}:
         pairs = len(rotary.frequencies)
         table = context * {"onnx": 4 * pairs, "executorch": 4 * head_dim, "coreml": 4 * pairs}[target]
         yield table
         yield table
     if target == "executorch":
-        for _window in {node.window for node in graph.attentions if node.window is not None}:
-            yield 8 * min(MASK_ROWS, context) * context
+        rows = min(MASK_ROWS, context)
+        for _window in {node.window for node in graph.attentions if node.window is not None or _is_explicit(node)}:
+            yield 8 * rows * context
+        for sparsity, heads in sparse:
+            yield 8 * (rows + sparsity.block_size - 1) * context
+            yield 4 * heads * context
+    if target == "onnx":
+        for sparsity, heads in sparse:
+            blocks, layouts = -(-context // sparsity.block_size), min(heads, sparsity.stride)
+            yield 4 * layouts * (blocks + 1)
+            yield 4 * layouts * blocks * min(blocks, sparsity.local_blocks + -(-blocks // sparsity.stride))
     if target == "coreml":
         yield 4 * context
+
+
+def _is_explicit(node: Attention) -> bool:
+    return node.softcap is not None or node.sparsity is not None
 
 
 def _placed(target: str, size: int) -> int:

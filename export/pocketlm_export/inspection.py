@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pocketlm.errors import UnsupportedError
 from pocketlm.manifest import SchemeName
-from pocketlm_export.architectures import DecoderConfig, build_graph
+from pocketlm_export.architectures import SUPPRESSING_BIAS, DecoderConfig, build_graph
 from pocketlm_export.backends.base import TARGETS, load_backend
 from pocketlm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from pocketlm_export.checkpoint.hub import locate
@@ -52,6 +52,8 @@ def inspect_checkpoint(
     checkpoint.check_tensors(graph.weights(), accept)
     dtypes: dict[str, int] = {}
     for weight in graph.weights().values():
+        if weight.name == SUPPRESSING_BIAS:
+            continue  # no file has it
         dtype = checkpoint.tensors.dtype(weight.name)
         dtypes[dtype] = dtypes.get(dtype, 0) + math.prod(weight.shape)
     return CheckpointReport(
