@@ -58,6 +58,9 @@ RELEASED = {
     "Qwen3-0.6B": "Qwen3-0.6B",
     "Qwen3-30B-A3B": "Qwen3-30B-A3B",
     "SmolLM3-3B": "SmolLM3-3B",
+    "OLMo-2-1B": "OLMo-2-0425-1B",
+    "Granite-3.0-2B": "granite-3.0-2b-instruct",
+    "StableLM-3B": "stablelm-3b-4e1t",
 }
 """The folder of each shape that is read."""
 
