@@ -214,7 +214,8 @@ ROWS = [
     *phi3small_model.ROWS,
     Row("olmo2", "olmo2", {**BASE, "pad_token_id": 0}),
     Row("olmo2-odd", "olmo2", {**BASE, "hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1}),
-    Row("olmo2-outliers", "olmo2", {**BASE, "pad_token_id": 0}, outlier=1e3),
+    # Its projections read the residual as it is: gate times up would leave float16 at 1e3
+    Row("olmo2-outliers", "olmo2", {**BASE, "pad_token_id": 0}, outlier=1e2),
     Row("granite", "granite", {**BASE, **GRANITE, "tie_word_embeddings": True, "vocab_size": 331}),
     Row("granite-biases", "granite", {**BASE, **GRANITE, "attention_bias": True, "mlp_bias": True}),
     Row("granite-outliers", "granite", {**BASE, **GRANITE}, outlier=1e3),
