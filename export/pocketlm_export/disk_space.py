@@ -34,8 +34,8 @@ BLOCK = 4096  # of the file system: the last one of every file is taken whole
 PAGE = 4096  # where onnx and executorch let large tensors begin
 FILES = 20  # of a bundle with all targets
 GOLDEN = 88 << 10
-MANIFEST_WEIGHT = 720  # bytes of manifest.json for each weight
-ENTRY_HEADER = 512
+MANIFEST_WEIGHT, MANIFEST_PLACE = 300, 140  # bytes of manifest.json for each weight, and for where a target has it
+ENTRY_HEADER = 376
 MARGIN_FRACTION, MARGIN = 0.01, 1 << 20  # for directories, journals, and what others write meanwhile
 Rows = Mapping[str, SchemeRow | None]
 
@@ -56,12 +56,13 @@ class Format:
     linear: int
     norm: int
     bias: int
+    experts: int = 0
 
 
 FORMATS = {
-    "onnx": Format(4, 4, 4, 32, program=4 << 10, attention=4600, linear=500, norm=600, bias=300),
+    "onnx": Format(4, 4, 4, 32, program=4 << 10, attention=4600, linear=500, norm=600, bias=300, experts=5000),
     "executorch": Format(4, 2, 4, None, program=16 << 10, attention=4000, linear=900, norm=900, bias=300),
-    "coreml": Format(2, 2, 2, None, program=36 << 10, attention=47000, linear=1600, norm=8000, bias=700),
+    "coreml": Format(2, 2, 2, None, program=36 << 10, attention=47000, linear=1600, norm=8000, bias=700, experts=14000),
 }
 MASK_ROWS = 128  # executorch's longest call: a mask has so many rows over twice the context
 EXPLICIT_ATTENTION = 5000  # bytes more of executorch's program where no kernel has the whole attention
@@ -88,7 +89,7 @@ def bundle_bytes(checkpoint: Checkpoint, graph: Graph, rows: Rows, targets: Coll
     """Bytes on the disk, about, of a bundle without its certificate."""
     text = sum(path.stat().st_size for path in checkpoint.tokenizer_files.values()) * (1 + len(targets))
     licenses = sum(path.stat().st_size for path in checkpoint.license_files.values())
-    manifest = MANIFEST_WEIGHT * len(graph.weights())
+    manifest = (MANIFEST_WEIGHT + MANIFEST_PLACE * len(targets)) * len(graph.weights())
     artifacts = sum(_artifact_bytes(target, graph, rows) for target in targets)
     return artifacts + text + licenses + manifest + GOLDEN + FILES * BLOCK // 2
 
@@ -142,10 +143,10 @@ def _artifact_bytes(target: str, graph: Graph, rows: Rows) -> int:
                 program += form.norm
                 regions += [form.value * vector.shape[0] for vector in weights_of(node)]
             case MixtureOfExperts():
-                program += form.linear * 3 * len(node.gates)
+                program += form.experts
                 regions.append(form.value * math.prod(node.router.shape))
-                for weight in (*node.gates, *node.ups, *node.downs):
-                    regions += _matrix(form, [weight], rows)
+                for stacked in (node.gates + node.ups, node.downs):
+                    regions += _matrix(form, stacked, rows)
             case Attention():
                 program += form.attention
                 if target == "executorch" and _is_explicit(node):

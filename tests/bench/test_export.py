@@ -13,7 +13,7 @@ from pocketlm_bench.memory_curve import curve
 from pocketlm_export.options import ExportOptions
 from tests.small_checkpoint import write_small_checkpoint
 
-STAGES = ["start", "read", "trace", "quantize", "write onnx", "golden", "finish"]
+STAGES = ["start", "read", "quantize", "write onnx", "golden", "finish"]
 
 
 @pytest.fixture(scope="module")
@@ -105,5 +105,5 @@ def test_results_become_tables_of_a_page(reported, tmp_path):
         [*command[:-1], results.with_name("other.json")], capture_output=True, text=True, check=False
     )
     assert (refused.returncode, refused.stderr) == (
-        2, "error: kind 'weather' has no table; valid: bench, export, memory curve\n",
+        2, "error: kind 'weather' has no table; valid: bench, export, memory curve, groups, models\n",
     )  # fmt: skip
