@@ -98,7 +98,6 @@ docs-performance: $(BIN)/.installed-dev
 	$(BIN)/python mobile_demo/model/train.py --held-out-text $(PERFORMANCE)/held-out.txt
 	$(BIN)/python -m pocketlm_bench.groups mobile_demo/model/checkpoint --text $(PERFORMANCE)/held-out.txt \
 	  --json $(PERFORMANCE)/groups.json
-	$(BIN)/python -m pocketlm_bench.memory_curve --layers 32 --no-verify --json $(PERFORMANCE)/mistral-7b-export.json
 	$(BIN)/python -m pocketlm_bench.memory_curve --layers 8,16,32 --json $(PERFORMANCE)/mistral-7b-curve.json
 	$(BIN)/python -m pocketlm_bench.models --json $(PERFORMANCE)/models.json
 	$(BIN)/python -m pocketlm_bench.peers page docs/performance.md $(PERFORMANCE)/peers/exports.json $(PERFORMANCE)/peers/rates.json

@@ -61,6 +61,19 @@ def cells(*schemes: str) -> list:
     ]
 
 
+# Core ML's rounding is up to 1e-2 of the deviation of what it computes; the scores of a router deviate by about one.
+NEAR_TIE = 1e-2
+
+
+def router_margins(model, tokens: list[int], chosen: int) -> np.ndarray:
+    """At each position, over all layers, the least by which transformers' router prefers the last expert that it chose
+    to the first that it didn't."""
+    with torch.no_grad():
+        scores = model(torch.tensor([tokens]), output_router_logits=True).router_logits
+    ranked = [layer.sort(-1, descending=True).values for layer in scores]
+    return torch.stack([layer[:, chosen - 1] - layer[:, chosen] for layer in ranked]).amin(0).numpy()
+
+
 @pytest.mark.parametrize(("row", "runtime", "scheme"), cells("fp32"))
 def test_fp32_equals_transformers(row, runtime, scheme, tiny_checkpoint, tiny_bundle):
     _, model = tiny_checkpoint(row.name)
@@ -68,10 +81,14 @@ def test_fp32_equals_transformers(row, runtime, scheme, tiny_checkpoint, tiny_bu
     with tiny_bundle(row.name, scheme, runtime).session(runtime, threads=1) as session:
         found, expected = run(session, tokens), transformers_logits(model, tokens)
     if runtime == "coreml" and row.model_type in WITH_EXPERTS:
-        # Float16 turns a router's near ties too, and such a position jumps: nine of ten have to agree.
-        worst = np.abs(found - expected).max(-1)
-        agreeing = worst <= np.quantile(worst, 0.9)
-        found, expected = found[agreeing], expected[agreeing]
+        # Float16 turns a router's near tie, and those behind read that position's keys and values: the first one that
+        # is off has to be a near tie, and most have to agree.
+        worst = np.abs(found - expected).max(-1) / expected.std()
+        assert np.median(worst) <= LARGEST[runtime]
+        off = np.flatnonzero(worst > LARGEST[runtime])
+        if off.size:
+            assert router_margins(model, tokens, row.config["num_experts_per_tok"])[off[0]] <= NEAR_TIE
+            found, expected = found[: off[0]], expected[: off[0]]
     largest, rms = difference(found, expected)
     assert largest <= LARGEST[runtime]
     assert rms <= RMS[runtime]
