@@ -1,6 +1,5 @@
 """The meaning of the package: every attribute of the graph, in both forms of attention, against the eager operators."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +14,6 @@ from pocketlm_export.backends.base import Lowering
 from pocketlm_export.backends.coreml.writer import FORMS, write_package
 from pocketlm_export.backends.reading import Call, Run
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
-from pocketlm_export.graph.builder import GraphBuilder
 from pocketlm_export.graph.graph import (
     Activation,
     Attention,
@@ -23,9 +21,7 @@ from pocketlm_export.graph.graph import (
     Clamp,
     Graph,
     LastPositions,
-    LayerNorm,
     Multiply,
-    Node,
     RmsNorm,
     Scale,
     Value,
@@ -36,6 +32,7 @@ from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import Weights, quantize
 from pocketlm_export.verify.lockstep import Lane, run_lanes
 from tests.architectures.parity import difference
+from tests.bundle.altered_graphs import altered, followed, with_capped_logits, with_layer_norms
 
 TOKENS = [7, 300, 12, 45, 99, 7, 8, 250, 31, 6, 19, 77]
 
@@ -50,40 +47,6 @@ def lowering(tiny_checkpoint, tmp_path_factory) -> Lowering:
     store = WeightStore(tmp_path_factory.mktemp("store"))
     weights = quantize(checkpoint.tensors, assign_rows(graph, "int4", "int8"), store)
     return Lowering(graph, weights, checkpoint.config, checkpoint.generation, checkpoint.tokenizer_files)
-
-
-def altered(graph: Graph, changed: type, **changes) -> Graph:
-    return replace(graph, nodes=tuple(replace(n, **changes) if isinstance(n, changed) else n for n in graph.nodes))
-
-
-def followed(graph: Graph, kind: type, make: Callable[..., Node]) -> Graph:
-    """``make(x=, output=)`` behind each node of ``kind``, but for the last norm."""
-    nodes: list[Node] = []
-    for node in graph:
-        if isinstance(node, kind) and node.output != graph.head.x:
-            inner = Value(f"{node.output.name}_inner", node.output.shape)
-            nodes += [replace(node, output=inner), make(x=inner, output=node.output)]
-        else:
-            nodes.append(node)
-    return replace(graph, nodes=tuple(nodes))
-
-
-def with_layer_norms(graph: Graph, biased: bool) -> Graph:
-    """In the place of RMS norms; another norm's weight is the bias."""
-    bias = next(node.weight for node in graph if isinstance(node, RmsNorm))
-    nodes = [
-        LayerNorm(x=n.x, weight=n.weight, bias=bias if biased else None, epsilon=n.epsilon, output=n.output)
-        if isinstance(n, RmsNorm)
-        else n
-        for n in graph
-    ]
-    return replace(graph, nodes=tuple(nodes))
-
-
-def with_capped_logits(graph: Graph) -> Graph:
-    builder = GraphBuilder()
-    logits = builder.softcap(builder.scale(graph.logits, 0.25), 2.0)
-    return replace(graph, nodes=graph.nodes + builder.graph(logits, 1).nodes, logits=logits)
 
 
 def evaluate(graph: Graph, weights: Weights, tokens: list[int]) -> np.ndarray:

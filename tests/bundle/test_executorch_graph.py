@@ -15,19 +15,15 @@ from pocketlm_export.backends.executorch.read import ExecuTorchReader
 from pocketlm_export.backends.executorch.reading.pte import PteFile
 from pocketlm_export.backends.reading import Call, Past, Run
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
-from pocketlm_export.graph.builder import GraphBuilder
 from pocketlm_export.graph.graph import (
     Activation,
     Attention,
     BlockSparsity,
     Clamp,
     Graph,
-    LayerNorm,
     Multiply,
-    Node,
     RmsNorm,
     Scale,
-    Value,
 )
 from pocketlm_export.graph.rotary import Rotary, default_frequencies
 from pocketlm_export.quantization.schemes import assign_rows
@@ -36,12 +32,14 @@ from pocketlm_export.quantization.weights import quantize
 from pocketlm_export.verify.comparison import cache_deviations, logit_deviations
 from pocketlm_export.verify.lockstep import Lane, run_lanes
 from pocketlm_export.verify.structure import expected
+from tests.bundle.altered_graphs import altered, followed, with_capped_logits, with_layer_norms
 
 TOKENS = (7, 300, 12, 45, 99, 7, 8, 250, 31, 6, 19, 77, 200, 5, 42, 9)
 RUNS = (
     Run("two prompts and tokens", (Call(TOKENS[:9], 8), Call(TOKENS[9:14], 5), *(Call((t,), 1) for t in TOKENS[14:]))),
     *(Run(f"cache of {past}", (Call(TOKENS[:3], 3), Call(TOKENS[3:4], 1)), Past(past)) for past in (2, 31, 150)),
 )  # fmt: skip
+
 EXACT = 1e-10  # of the deviation: one in 5e10 is how well float32 holds the constants of a tanh-gelu
 FLOAT32 = 3e-5
 
@@ -53,40 +51,6 @@ def lowering(tiny_checkpoint, tmp_path_factory) -> Lowering:
     store = WeightStore(tmp_path_factory.mktemp("store"))
     weights = quantize(checkpoint.tensors, assign_rows(graph, "fp32", "int8"), store)
     return Lowering(graph, weights, checkpoint.config, checkpoint.generation, checkpoint.tokenizer_files)
-
-
-def altered(graph: Graph, changed: type, **changes) -> Graph:
-    return replace(graph, nodes=tuple(replace(n, **changes) if isinstance(n, changed) else n for n in graph.nodes))
-
-
-def followed(graph: Graph, kind: type, make: Callable[..., Node]) -> Graph:
-    """``make(x=, output=)`` behind each node of ``kind``, but for the last norm."""
-    nodes: list[Node] = []
-    for node in graph:
-        if isinstance(node, kind) and node.output != graph.head.x:
-            inner = Value(f"{node.output.name}_inner", node.output.shape)
-            nodes += [replace(node, output=inner), make(x=inner, output=node.output)]
-        else:
-            nodes.append(node)
-    return replace(graph, nodes=tuple(nodes))
-
-
-def with_layer_norms(graph: Graph, biased: bool) -> Graph:
-    """In the place of RMS norms; another norm's weight is the bias."""
-    bias = next(node.weight for node in graph if isinstance(node, RmsNorm))
-    nodes = [
-        LayerNorm(x=n.x, weight=n.weight, bias=bias if biased else None, epsilon=n.epsilon, output=n.output)
-        if isinstance(n, RmsNorm)
-        else n
-        for n in graph
-    ]
-    return replace(graph, nodes=tuple(nodes))
-
-
-def with_capped_logits(graph: Graph) -> Graph:
-    builder = GraphBuilder()
-    logits = builder.softcap(builder.scale(graph.logits, 0.25), 2.0)
-    return replace(graph, nodes=graph.nodes + builder.graph(logits, 1).nodes, logits=logits)
 
 
 ALTERATIONS: dict[str, Callable[[Graph], Graph]] = {
