@@ -217,7 +217,7 @@ def test_the_largest_fp16_passes(tiny_checkpoint, tmp_path):
 def test_prefill_equals_decode_step_by_step_across_calls_of_every_length(tiny_bundle):
     bundle = tiny_bundle("mistral-window", "int4", "coreml")
     tokens = np.random.default_rng(0).integers(5, 320, 150).tolist()
-    with CoreMLSession(package_of(bundle), bundle.manifest, "float32") as session:
+    with CoreMLSession(bundle.artifact("coreml"), "float32") as session:
         steps = np.concatenate([session.extend([token]) for token in tokens])
         session.rewind(0)
         whole = session.extend(tokens, logits=150)  # 128 and 22: the longest call is 128

@@ -1,10 +1,10 @@
 """The .pte: what was written reads back, the official runner and XNNPACK's weight cache run it as it is."""
 
 import ctypes
-import dataclasses
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -220,7 +220,7 @@ def test_a_file_that_is_no_program_is_refused(tiny_bundle, tmp_path):
     broken = tmp_path / "broken.pte"
     broken.write_bytes(pte(bundle).read_bytes()[:3000])
     with pytest.raises(BundleError, match=r"broken\.pte"):
-        open_session(broken, bundle.manifest, 1)
+        open_session(replace(bundle.artifact("executorch"), path=broken), 1)
 
 
 def test_what_the_kernels_cannot_express_is_refused_by_name(tiny_checkpoint):
@@ -228,9 +228,9 @@ def test_what_the_kernels_cannot_express_is_refused_by_name(tiny_checkpoint):
     graph = build_graph(open_checkpoint(folder).config, 160)
     rows = assign_rows(graph, "int4", "int8")
     backend.check(graph, rows)
-    unknown = [dataclasses.replace(node, kind="mish") if isinstance(node, Activation) else node for node in graph]
+    unknown = [replace(node, kind="mish") if isinstance(node, Activation) else node for node in graph]
     with pytest.raises(UnsupportedError, match="activation 'mish'"):
-        backend.check(dataclasses.replace(graph, nodes=tuple(unknown)), rows)
+        backend.check(replace(graph, nodes=tuple(unknown)), rows)
     grouped = SchemeRow("int8", 8, 32, "absmax")
     with pytest.raises(UnsupportedError, match=r"o_proj.*groups of 32"):
         backend.check(graph, rows | {"model.layers.0.self_attn.o_proj.weight": grouped})
@@ -297,7 +297,7 @@ def ascii_bundle(tmp_path_factory):
         row = next(row for row in ROWS if row.name == name)
         config = {**row.config, "vocab_size": tokenizer.get_vocab_size()}
         checkpoint = folder / name
-        write_checkpoint(dataclasses.replace(row, name=f"{name} in ascii", config=config), checkpoint)
+        write_checkpoint(replace(row, name=f"{name} in ascii", config=config), checkpoint)
         tokenizer.save(str(checkpoint / "tokenizer.json"))
         options = ExportOptions(targets=("executorch",), store=folder / "store", verify=False)
         return export_bundle(str(checkpoint), folder / f"{name}.pocketlm", options)

@@ -236,9 +236,7 @@ def test_a_prompt_longer_than_a_call_is_the_same(tiny_bundle):
     bundle, tokens = tiny_bundle("mistral-window", "fp32", "onnx"), tokens_of(50)
     with bundle.session("onnx", threads=1) as session:
         whole = session.extend(tokens, logits=20)
-    target = bundle.manifest.targets["onnx"].model_copy(update={"longest_call": 8, "rows": 3})
-    short = bundle.manifest.model_copy(update={"targets": {"onnx": target}})
-    with open_session(bundle.folder / target.path, short, 1) as session:
+    with open_session(replace(bundle.artifact("onnx"), longest_call=8, rows=3), 1) as session:
         assert np.abs(session.extend(tokens, logits=20) - whole).max() <= 1e-5 * whole.std()
 
 
@@ -256,16 +254,15 @@ def test_the_floor_is_stated_and_kept(tiny_bundle):
     bundle = tiny_bundle("llama", "int4", "onnx")
     assert bundle.manifest.targets["onnx"].runtime == {"onnxruntime": ">=1.23.2"}
     assert tiny_bundle("mistral-window", "int4", "onnx").manifest.targets["onnx"].runtime == {"onnxruntime": ">=1.24.1"}
-    target = bundle.manifest.targets["onnx"].model_copy(update={"runtime": {"onnxruntime": ">=99.0.0"}})
-    newer = bundle.manifest.model_copy(update={"targets": {"onnx": target}})
+    newer = replace(bundle.artifact("onnx"), requirements={"onnxruntime": ">=99.0.0"})
     with pytest.raises(UnavailableError, match=r"needs onnxruntime 99\.0\.0"):
-        open_session(bundle.folder / target.path, newer, 1)
+        open_session(newer, 1)
 
 
 def test_a_file_that_onnx_runtime_refuses_is_named(tiny_bundle, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"\x08\x0a nothing")
     with pytest.raises(PocketLMError, match=r"model\.onnx: ONNX Runtime can't load it"):
-        open_session(tmp_path / "model.onnx", tiny_bundle("llama", "int4", "onnx").manifest, 1)
+        open_session(replace(tiny_bundle("llama", "int4", "onnx").artifact("onnx"), path=tmp_path / "model.onnx"), 1)
 
 
 def test_a_constant_outside_the_data_file_is_refused(tiny_bundle, tmp_path):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import pocketlm
+from pocketlm.artifact import ArtifactFile
 from pocketlm.errors import BundleError, InputError, UnsupportedError
-from pocketlm.manifest import FileRecord
 from pocketlm.runtimes.onnx_packed import LIMIT, packed_copy, packed_folder
 
 PROMPT = [7, 11, 13, 17, 19, 23]
@@ -177,7 +177,7 @@ def test_the_least_recently_used_copies_go_beyond_the_limit(bundle, cache):
 
 
 def test_the_free_space_is_checked_before_anything_is_written(bundle, cache):
-    files = {"model.onnx": FileRecord(sha256="0" * 64, size=1 << 60)}
+    files = {"model.onnx": ArtifactFile(sha256="0" * 64, size=1 << 60)}
     wanted = rf"^{cache}: \d+ MB free, but packed weights may need \d+ MB"
     with pytest.raises(InputError, match=wanted), packed_copy(bundle.folder / "onnx/model.onnx", files):
         pass
@@ -211,7 +211,7 @@ def test_a_cache_that_can_not_be_written(bundle, cache):
 def test_a_model_that_the_runtime_refuses_is_named_and_not_the_cache(tmp_path, cache):
     model = tmp_path / "model.onnx"
     model.write_bytes(b"not a model")
-    files = {"model.onnx": FileRecord(sha256="0" * 64, size=11)}
+    files = {"model.onnx": ArtifactFile(sha256="0" * 64, size=11)}
     with pytest.raises(BundleError, match=f"^{model}: ONNX Runtime can't load it"), packed_copy(model, files):
         pass
     assert list(cache.iterdir()) == []

@@ -133,7 +133,7 @@ def test_calls_together_are_calls_one_after_another(row, scheme, head, tiny_bund
 def test_what_is_emulated_is_what_a_session_answers(tiny_bundle):
     bundle = tiny_bundle("qwen2-window", "int4", "coreml")
     (emulated, *_) = open_reader(package_of(bundle), bundle.manifest).emulate(RUNS[:1])
-    with CoreMLSession(package_of(bundle), bundle.manifest) as session:
+    with CoreMLSession(bundle.artifact("coreml")) as session:
         for call, logits in zip(RUNS[0].calls, emulated.logits, strict=True):
             np.testing.assert_array_equal(session.extend(call.tokens, logits=call.rows), logits)
 

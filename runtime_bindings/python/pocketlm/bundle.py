@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from pocketlm.artifact import Artifact, ArtifactFile
 from pocketlm.certificate import Certificate, read_certificate
 from pocketlm.errors import BundleError, InputError, UnavailableError, UnsupportedError
 from pocketlm.manifest import FORMAT_MAJOR, Manifest, sampling_defaults
@@ -31,8 +32,8 @@ LONGEST_PATH = 1024
 class Runtime(Protocol):
     """What a module of ``pocketlm.runtimes`` defines."""
 
-    def open_session(self, path: Path, manifest: Manifest, threads: int | None, **wishes: bool) -> Session:
-        """A fresh session over the artifact at ``path``. One of :data:`PACKING` takes ``packed``."""
+    def open_session(self, artifact: Artifact, threads: int | None, **wishes: bool) -> Session:
+        """A fresh session over ``artifact``. One of :data:`PACKING` takes ``packed``."""
 
 
 class Bundle:
@@ -87,19 +88,37 @@ class Bundle:
         name = runtime or self._first_runtime()
         if name not in RUNTIMES:
             raise InputError(f"unknown runtime {name!r}; valid: {', '.join(RUNTIMES)}")
-        target = self.manifest.targets.get(name)
-        if target is None:
-            raise InputError(f"{self.folder}: no {name} artifact; this bundle has {', '.join(self.manifest.targets)}")
+        artifact = self.artifact(name)
         if not _installed(RUNTIMES[name]):
             raise UnavailableError(f"the {name} runtime is not installed: pip install 'pocketlm[{name}]'")
         if packed and name not in PACKING:
             raise UnsupportedError(f"packed weights: not supported by {name}; valid: {', '.join(PACKING)}")
-        self.check_files(target.path.split("/")[0] + "/")
+        self.check_files(f"{name}/")
         module: Runtime = importlib.import_module(f"pocketlm.runtimes.{name}")
         wishes = {"packed": True} if packed else {}
-        session = module.open_session(self.folder / target.path, self.manifest, threads, **wishes)
+        session = module.open_session(artifact, threads, **wishes)
         session.bundle = self
         return session
+
+    def artifact(self, name: str) -> Artifact:
+        """What the runtime ``name`` has to know; its files are not looked at. :class:`InputError` if there is none."""
+        target, model = self.manifest.targets.get(name), self.manifest.model
+        if target is None:
+            raise InputError(f"{self.folder}: no {name} artifact; this bundle has {', '.join(self.manifest.targets)}")
+        return Artifact(
+            path=self.folder / target.path,
+            requirements=target.runtime,
+            context_length=model.context_length,
+            vocabulary_size=model.vocabulary_size,
+            hidden_size=model.hidden_size,
+            longest_call=target.longest_call,
+            rows=target.rows,
+            files={
+                file.removeprefix(f"{name}/"): ArtifactFile(record.sha256, record.size)
+                for file, record in self.manifest.files.items()
+                if file.startswith(f"{name}/")
+            },
+        )
 
     def _first_runtime(self) -> str:
         found = self.runtimes()

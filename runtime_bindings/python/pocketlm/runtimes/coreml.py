@@ -4,12 +4,10 @@ It rounds to fp16 after every operator, as the package declares, and is neither 
 the package says, its speed means nothing.
 """
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 
-from pocketlm.manifest import Manifest
+from pocketlm.artifact import Artifact
 from pocketlm.runtimes.coreml_interpreter import Interpreter, PrecisionName
 from pocketlm.session import Session
 
@@ -27,18 +25,17 @@ class CoreMLSession(Session):
     ``threads`` has no effect: numpy's own threads do the products.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, precision: PrecisionName = "float16") -> None:
-        target = manifest.targets["coreml"]
+    def __init__(self, artifact: Artifact, precision: PrecisionName = "float16") -> None:
         super().__init__(
             runtime="coreml",
-            context_length=manifest.model.context_length,
-            vocabulary_size=manifest.model.vocabulary_size,
-            longest_call=target.longest_call,
-            rows=target.rows,
+            context_length=artifact.context_length,
+            vocabulary_size=artifact.vocabulary_size,
+            longest_call=artifact.longest_call,
+            rows=artifact.rows,
         )
         rounding = "float16 rounding" if precision == "float16" else precision
         self.description = f"Core ML reference interpreter, {rounding}"
-        self._interpreter = Interpreter(path, precision)
+        self._interpreter = Interpreter(artifact.path, precision)
         self._state = self._interpreter.make_state()
 
     def _run(self, tokens: npt.NDArray[np.int64], position: int, rows: int) -> npt.NDArray[np.float32]:
@@ -50,6 +47,6 @@ class CoreMLSession(Session):
         self._state = {}
 
 
-def open_session(path: Path, manifest: Manifest, threads: int | None) -> CoreMLSession:  # noqa: ARG001
-    """A fresh session over the package at ``path``; every process has the reference interpreter, a Mac too."""
-    return CoreMLSession(path, manifest)
+def open_session(artifact: Artifact, threads: int | None) -> CoreMLSession:  # noqa: ARG001
+    """A fresh session over the package; every process has the reference interpreter, a Mac too."""
+    return CoreMLSession(artifact)

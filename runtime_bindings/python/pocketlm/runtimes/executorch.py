@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pocketlm.artifact import Artifact
 from pocketlm.errors import BundleError, PocketLMError, UnavailableError
-from pocketlm.manifest import Manifest
 from pocketlm.session import Session
 
 __all__ = ["ExecuTorchSession", "captured_log", "load_binding", "open_session"]
@@ -32,22 +32,21 @@ KERNELS = ("extension/llm/custom_ops/libcustom_ops_aot_lib", "kernels/quantized/
 _sessions: "weakref.WeakSet[ExecuTorchSession]" = weakref.WeakSet()
 
 
-def open_session(path: Path, manifest: Manifest, threads: int | None) -> Session:
-    """A session over ``path``.
+def open_session(artifact: Artifact, threads: int | None) -> Session:
+    """A session over a ``.pte``.
 
     Raises :class:`UnavailableError` for another ExecuTorch than 1.5.x, :class:`BundleError` for a file that it refuses,
     :class:`PocketLMError` for a thread count other than that of the sessions still open.
     """
     binding = load_binding()
     _set_threads(binding, threads)
-    target = manifest.targets["executorch"]
     return ExecuTorchSession(
         binding,
-        path,
-        context_length=manifest.model.context_length,
-        vocabulary_size=manifest.model.vocabulary_size,
-        longest_call=target.longest_call,
-        rows=target.rows,
+        artifact.path,
+        context_length=artifact.context_length,
+        vocabulary_size=artifact.vocabulary_size,
+        longest_call=artifact.longest_call,
+        rows=artifact.rows,
     )
 
 

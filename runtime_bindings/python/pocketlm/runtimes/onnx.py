@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime  # type: ignore[import-untyped]
 
+from pocketlm.artifact import Artifact
 from pocketlm.errors import PocketLMError, UnavailableError
-from pocketlm.manifest import Manifest
 from pocketlm.memory import untouched_zeros
 from pocketlm.runtimes.onnx_loading import RUNTIME_ERRORS, load_model
 from pocketlm.runtimes.onnx_packed import packed_copy
@@ -21,8 +21,8 @@ HEAD_FILE = "head.onnx"
 DATA_FILE = "model.onnx.data"  # of both
 
 
-def open_session(path: Path, manifest: Manifest, threads: int | None, *, packed: bool = False) -> "OnnxSession":
-    """A session over ``model.onnx`` at ``path``; ``threads`` None leaves the number to ONNX Runtime.
+def open_session(artifact: Artifact, threads: int | None, *, packed: bool = False) -> "OnnxSession":
+    """A session over a ``model.onnx``; ``threads`` None leaves the number to ONNX Runtime.
 
     ``packed``: over copies of the models whose weights are packed for this machine already, see
     :mod:`pocketlm.runtimes.onnx_packed`. It computes the same bits.
@@ -30,40 +30,39 @@ def open_session(path: Path, manifest: Manifest, threads: int | None, *, packed:
     Raises :class:`UnavailableError` if ONNX Runtime is older than what the artifact states, because older kernels may
     compute something else, and :class:`BundleError` naming the file that ONNX Runtime refuses.
     """
-    floor = manifest.targets["onnx"].runtime["onnxruntime"].removeprefix(">=")
+    floor = artifact.requirements["onnxruntime"].removeprefix(">=")
     if _release(onnxruntime.__version__) < _release(floor):
         raise UnavailableError(
-            f"{path}: needs onnxruntime {floor} or newer, but {onnxruntime.__version__} is installed: "
+            f"{artifact.path}: needs onnxruntime {floor} or newer, but {onnxruntime.__version__} is installed: "
             f"pip install 'onnxruntime>={floor}'"
         )
-    return OnnxSession(path, manifest, threads, packed=packed)
+    return OnnxSession(artifact, threads, packed=packed)
 
 
 class OnnxSession(Session):
     """The last position's logits come from the decoder; those of more from its hidden states through ``head.onnx``,
     which is loaded when they are first asked for."""
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int | None, *, packed: bool = False) -> None:
-        target, model = manifest.targets["onnx"], manifest.model
+    def __init__(self, artifact: Artifact, threads: int | None, *, packed: bool = False) -> None:
         super().__init__(
             runtime="onnx",
-            context_length=model.context_length,
-            vocabulary_size=model.vocabulary_size,
-            longest_call=target.longest_call,
-            rows=target.rows,
+            context_length=artifact.context_length,
+            vocabulary_size=artifact.vocabulary_size,
+            longest_call=artifact.longest_call,
+            rows=artifact.rows,
         )
-        self._path = path
+        self._path = artifact.path
         self._threads = threads
         self._packed = packed
-        self._files = manifest.files
-        self._decoder = self._load(path)
+        self._files = artifact.files
+        self._decoder = self._load(artifact.path)
         self._head: onnxruntime.InferenceSession | None = None
         self._mask = np.ones((1, self.context_length), np.int64)
         self._logits = np.empty((1, 1, self.vocabulary_size), np.float32)
         self._buffers = [self._logits]  # a binding does not keep the arrays that it writes to
         self._last_only = onnxruntime.IOBinding(self._decoder)
         self._with_states = onnxruntime.IOBinding(self._decoder)
-        self._hidden_size = model.hidden_size
+        self._hidden_size = artifact.hidden_size
         logits = onnxruntime.OrtValue.ortvalue_from_numpy(self._logits)
         self._last_only.bind_ortvalue_output("logits", logits)
         for value in self._decoder.get_inputs():
@@ -101,8 +100,7 @@ class OnnxSession(Session):
     def _load(self, path: Path) -> onnxruntime.InferenceSession:
         if not self._packed:
             return load_model(path, self._threads)
-        names = (path.name, DATA_FILE)
-        with packed_copy(path, {name: self._files[f"{path.parent.name}/{name}"] for name in names}) as copy:
+        with packed_copy(path, {name: self._files[name] for name in (path.name, DATA_FILE)}) as copy:
             return load_model(copy, self._threads)
 
     def _close(self) -> None:

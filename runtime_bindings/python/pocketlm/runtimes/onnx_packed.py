@@ -27,10 +27,10 @@ from typing import Any
 
 import onnxruntime  # type: ignore[import-untyped]
 
+from pocketlm.artifact import ArtifactFile
 from pocketlm.cache import cache_folder
 from pocketlm.errors import BundleError, InputError
 from pocketlm.machine import machine_facts
-from pocketlm.manifest import FileRecord
 from pocketlm.runtimes.onnx_loading import load_model
 from pocketlm.strict_json import parse_object
 
@@ -51,7 +51,7 @@ def packed_folder() -> Path:
 
 
 @contextmanager
-def packed_copy(model: Path, files: Mapping[str, FileRecord]) -> Iterator[Path]:
+def packed_copy(model: Path, files: Mapping[str, ArtifactFile]) -> Iterator[Path]:
     """The model file of the packed copy of ``model``, which is made if there is none; no process removes it meanwhile.
 
     ``files``: the model's own files by name, as the manifest records them; they were checked. Raises
@@ -74,7 +74,7 @@ def packed_copy(model: Path, files: Mapping[str, FileRecord]) -> Iterator[Path]:
         yield folder / MODEL_FILE
 
 
-def _identity(files: Mapping[str, FileRecord]) -> dict[str, dict[str, str]]:
+def _identity(files: Mapping[str, ArtifactFile]) -> dict[str, dict[str, str]]:
     facts = machine_facts()
     return {
         "model": {name: record.sha256 for name, record in sorted(files.items())},
