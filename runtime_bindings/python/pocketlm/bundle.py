@@ -35,6 +35,9 @@ class Runtime(Protocol):
     def open_session(self, artifact: Artifact, threads: int | None, **wishes: bool) -> Session:
         """A fresh session over ``artifact``. One of :data:`PACKING` takes ``packed``."""
 
+    def runtime_build(self) -> tuple[str, str]:
+        """The version of the vendor's libraries, which it loads, and what is known of their build."""
+
 
 class Bundle:
     """A bundle's folder whose manifest was read and found sound. Files are hashed when they are first needed."""

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["circumstances", "machine_facts"]
+__all__ = ["circumstances", "machine_facts", "processor_seconds"]
 
 # What decides which kernels the runtimes choose.
 FEATURES = (
@@ -19,8 +19,11 @@ FEATURES = (
 
 
 def machine_facts() -> dict[str, str]:
-    """``system``, ``cpu``, ``cores`` that this process may use, and ``features``: the CPU's, of those that matter."""
+    """``system``, ``cpu``, ``cores`` that this process may use, ``features``: the CPU's, of those that matter, and
+    ``governor``: of the cores' frequencies, where the system tells it."""
     facts = {"system": platform.system(), "cpu": platform.processor() or platform.machine(), "cores": str(_cores())}
+    if governors := _governors():
+        facts["governor"] = governors
     known: dict[str, str] = {}
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -35,6 +38,19 @@ def machine_facts() -> dict[str, str]:
     return facts
 
 
+def processor_seconds() -> float | None:
+    """Seconds that all cores together were busy since the machine started; None where the system doesn't tell.
+
+    Source: the first line of /proc/stat, proc(5): user, nice, system, then idle, iowait, then irq, softirq, steal.
+    """
+    try:
+        counts = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    ticks = sum(int(count) for index, count in enumerate(counts) if index not in (3, 4))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def circumstances() -> dict[str, Any]:
     """What a document of measurements begins with: ``date`` in UTC, the ``command`` that this process is, ``machine``,
     ``load_average`` (of one minute, other work included) and the version of ``pocketlm``."""
@@ -47,6 +63,16 @@ def circumstances() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "pocketlm": importlib.metadata.version("pocketlm"),
     }
+
+
+def _governors() -> str:
+    found = set()
+    for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor"):
+        try:
+            found.add(path.read_text(encoding="utf-8").strip())
+        except OSError:  # not for us to read: the others may be
+            continue
+    return " ".join(sorted(found))
 
 
 def _cores() -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ResidentMemory", "resident_memory", "untouched_zeros"]
+__all__ = ["MemoryPeak", "ResidentMemory", "resident_memory", "untouched_zeros"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,15 @@ class ResidentMemory:
     def resident(self) -> int:
         """Both together."""
         return self.anonymous + self.file_backed
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPeak:
+    """Bytes; each is the highest of its own, and they need not have occurred at one moment."""
+
+    resident: int
+    anonymous: int
+    file_backed: int
 
 
 def untouched_zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -11,21 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pocketlm.memory import ResidentMemory, resident_memory
+from pocketlm.memory import MemoryPeak, ResidentMemory, resident_memory
 
 __all__ = ["MemoryPeak", "WatchedRun", "run_watched"]
 
 INTERVAL = 0.02  # seconds between samples; one costs about 0.1 ms of another core
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2)
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPeak:
-    """Bytes; each is the highest of its own, and they need not have occurred at one moment."""
-
-    resident: int
-    anonymous: int
-    file_backed: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pocketlm.runtimes.onnx_loading import RUNTIME_ERRORS, load_model
 from pocketlm.runtimes.onnx_packed import packed_copy
 from pocketlm.session import Session
 
-__all__ = ["OnnxSession", "open_session"]
+__all__ = ["OnnxSession", "open_session", "runtime_build"]
 
 HEAD_FILE = "head.onnx"
 DATA_FILE = "model.onnx.data"  # of both
@@ -37,6 +37,11 @@ def open_session(artifact: Artifact, threads: int | None, *, packed: bool = Fals
             f"pip install 'onnxruntime>={floor}'"
         )
     return OnnxSession(artifact, threads, packed=packed)
+
+
+def runtime_build() -> tuple[str, str]:
+    """ONNX Runtime's version, and what it says of how it was built."""
+    return onnxruntime.__version__, onnxruntime.get_build_info()
 
 
 class OnnxSession(Session):

@@ -1,0 +1,35 @@
+"""Where a bundle can run: this host, an emulated CPU, a phone. A device's kind is a module of this package."""
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from pocketlm.devices.base import Device, Found
+from pocketlm.errors import InputError
+
+__all__ = ["KINDS", "find_devices", "open_device"]
+
+KINDS = ("host", "qemu", "adb", "ios")
+
+
+def open_device(address: str) -> Device:
+    """The device at ``address``: ``host``, ``qemu:arm64@cortex-a76``, ``adb:SERIAL`` or ``ios:UDID``.
+
+    Raises :class:`InputError` for an address of no such form, :class:`UnavailableError` if the device isn't there.
+    """
+    kind, _, place = address.partition(":")
+    if kind not in KINDS:
+        raise InputError(f"unknown device {address!r:.80}; valid: host, qemu:arm64[@CPU], adb:SERIAL, ios:UDID")
+    device: Device = _module(kind).open_device(place)
+    return device
+
+
+def find_devices() -> Iterator[Found]:
+    """What is attached or set up, and what could be, in no more than two seconds each."""
+    for kind in KINDS:
+        yield from _module(kind).find_devices()
+
+
+def _module(kind: str) -> Any:
+    return importlib.import_module(f"pocketlm.devices.{kind}")
