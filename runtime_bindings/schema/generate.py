@@ -4,17 +4,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import TypeAdapter
 
 from pocketlm.certificate import Certificate
-from pocketlm.manifest import FORMAT_MAJOR, Manifest
+from pocketlm.manifest import Manifest
+from pocketlm.results import AnyResult
 
 FOLDER = Path(__file__).parent
-SCHEMAS: dict[str, type[BaseModel]] = {"manifest": Manifest, "certificate": Certificate}
+SCHEMAS: dict[str, tuple[str, TypeAdapter[Any]]] = {
+    "manifest": ("manifest.json of a PocketLM bundle, format 1", TypeAdapter(Manifest)),
+    "certificate": ("certificate.json of a PocketLM bundle, format 1", TypeAdapter(Certificate)),
+    "result": ("what pocketlm bench --json and pocketlm replay --json write, format 1", TypeAdapter(AnyResult)),
+}
 
 
 def path(name: str) -> Path:
-    """Where the schema of ``name``.json lies."""
+    """Where the schema of ``name`` lies."""
     return FOLDER / f"{name}.schema.json"
 
 
@@ -29,9 +34,10 @@ def _close(node: Any) -> None:
 
 def render(name: str) -> str:
     """The schema's text."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **SCHEMAS[name].model_json_schema()}
+    title, types = SCHEMAS[name]
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **types.json_schema()}
     _close(schema)
-    schema["title"] = f"{name}.json of a PocketLM bundle, format {FORMAT_MAJOR}"
+    schema["title"] = title
     return json.dumps(schema, indent=1) + "\n"
 
 
