@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from pocketlm.energy import EnergyCounter
 from pocketlm.errors import BundleError, InputError, PocketLMError, UnavailableError
 from pocketlm.job import FORMAT_VERSION, ForcedTokens, Job, Measure, Replay
 from pocketlm.machine import machine_facts, processor_seconds
@@ -149,21 +150,19 @@ def _forced(session: Any, sequence: ForcedTokens, top: int) -> Iterator[dict[str
 def _step(logits: Any, token: int, ids: Sequence[int], top: int) -> dict[str, Any]:
     """``logits`` float32 ``[vocabulary]``: the choice and its logit, that of ``token`` and of ``ids``, the ``top``
     largest, the logarithm of the sum of their exponentials, and their standard deviation; in float64."""
-    import numpy as np
+    from pocketlm.logit_summary import summarize
 
     if not all(0 <= number < logits.size for number in (token, *ids)):
         raise InputError(f"the recorded tokens are not in the model's vocabulary of {logits.size}")
-    wide = logits.astype(np.float64)
-    choice = int(wide.argmax())
-    largest = np.argsort(-wide, kind="stable")[:top]
+    summary = summarize(logits, top)
     return {
-        "choice": choice,
-        "choice_logit": float(wide[choice]),
-        "token_logit": float(wide[token]),
-        "values": [float(wide[number]) for number in ids],
-        "top": [[int(number), float(wide[number])] for number in largest],
-        "log_sum": float(wide[choice] + np.log(np.exp(wide - wide[choice]).sum())),
-        "deviation": float(wide.std()),
+        "choice": summary.choice,
+        "choice_logit": float(logits[summary.choice]),
+        "token_logit": float(logits[token]),
+        "values": [float(logits[number]) for number in ids],
+        "top": summary.top,
+        "log_sum": summary.log_sum,
+        "deviation": summary.deviation,
     }
 
 
@@ -180,6 +179,7 @@ def _measure(
     before = resident_memory()
     load_average = os.getloadavg()[0]
     busy_before, own_before = processor_seconds(), time.process_time()
+    energy = EnergyCounter.open()
 
     load = time.monotonic()
     with _open(job, profile if work.profile else None) as session:
@@ -197,11 +197,13 @@ def _measure(
             token = _next_token(session, [token])
 
         session.rewind(work.depth)
+        energy_before = energy and energy.read()
         _window(PREFILL_WINDOW, work)
         prefill = time.monotonic()
         token = _next_token(session, prompt)
         prefilled = time.monotonic()
-        tokens, intervals, last = [token], [], prefilled
+        energy_prefilled = energy and energy.read()
+        tokens, intervals, last = [token], [], time.monotonic()
         _window(DECODE_WINDOW, work)
         for _ in range(work.new_tokens - 1):
             token = _next_token(session, [token])
@@ -210,6 +212,7 @@ def _measure(
             last = now
             tokens.append(token)
         _window(0, work)
+        energy_decoded = energy and energy.read()
         decoded = resident_memory()
         busy_after, own_after = processor_seconds(), time.process_time()
         if watch is not None:
@@ -231,6 +234,11 @@ def _measure(
             "load_peak": _as_object(watch and watch.peak(load, filled)),
             "generation_peak": _as_object(watch and watch.peak(filled, last)),
             "peak": _as_object(watch and watch.peak()),
+        },
+        energy={
+            "method": energy and energy.method,
+            "prefill_joules": _joules(energy, energy_before, energy_prefilled),
+            "decode_joules": _joules(energy, energy_prefilled, energy_decoded),
         },
         load_average=load_average,
         others_cores=_others(busy_before, busy_after, own_after - own_before, last - load),
@@ -265,6 +273,10 @@ def _others(before: float | None, after: float | None, own: float, seconds: floa
     if before is None or after is None or seconds <= 0:
         return None
     return max(0.0, (after - before - own) / seconds)
+
+
+def _joules(energy: EnergyCounter | None, before: Any, after: Any) -> float | None:
+    return None if energy is None else energy.joules(before, after)
 
 
 def _as_object(value: Any) -> Any:
