@@ -50,6 +50,11 @@ class Bundle:
         self._checked: set[tuple[str, int, int, int]] = set()
 
     @cached_property
+    def manifest_sha256(self) -> str:
+        """Of manifest.json as it lies there: what certificates, sessions and results are bound to."""
+        return hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, its files checked."""
         self._check_text_files()

@@ -11,9 +11,11 @@ __all__ = ["LogitSummary", "summarize"]
 
 @dataclass(frozen=True, slots=True)
 class LogitSummary:
-    """Of float32 logits ``[vocabulary]``, in float64. ``choice``: the id of the largest, the lowest such id; ``top``: id
-    and value of the largest, in that order; ``log_sum``: the logarithm of the sum of all exponentials; ``deviation``:
-    the standard deviation. What isn't finite stays so."""
+    """Of float32 logits ``[vocabulary]``, in float64. What isn't finite stays so.
+
+    ``choice``: the id of the largest, the lowest where several are; ``top``: id and value of the largest, in that
+    order; ``log_sum``: the logarithm of the sum of all exponentials; ``deviation``: the standard deviation.
+    """
 
     choice: int
     top: tuple[tuple[int, float], ...]

@@ -1,5 +1,7 @@
 """manifest.json as types. The JSON schema in runtime_bindings/schema is generated from here; FORMAT.md explains it."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
@@ -20,6 +22,11 @@ __all__ = [
 
 FORMAT_VERSION = "1.0"
 FORMAT_MAJOR = 1
+
+MODEL_SIZES = (
+    "model_type", "vocabulary_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim",
+    "tied",
+)  # fmt: skip
 
 Count = Annotated[int, Field(ge=1, le=1 << 40)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -156,6 +163,19 @@ class Manifest(Closed):
     files: dict[str, FileRecord]
     provenance: Provenance
     weights: dict[str, Weight]
+
+    def model_sha256(self) -> str:
+        """The identity of the model, whatever its artifacts: over its sizes, and over each weight by its content.
+
+        Two exports of the same integers have the same, in other targets or for another context length too.
+        """
+        identity = {
+            "model": self.model.model_dump(mode="json", include=set(MODEL_SIZES)),
+            "weights": {
+                name: weight.model_dump(mode="json", exclude={"places"}) for name, weight in self.weights.items()
+            },
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sampling_defaults(sampling: Sampling) -> Mapping[str, object]:
