@@ -10,17 +10,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.architectures import phi3small_model
+from tests.outliers import OFFSET_NORMS, add_outliers, raise_residual
 from tests.tiny_row import CONTEXT, Row
 
 __all__ = ["CONTEXT", "ROWS", "WITH_EXPERTS", "Row", "write_checkpoint"]
 
-# Their norms multiply by 1 + weight.
-OFFSET_NORMS = ("gemma", "gemma2", "gemma3_text")
-
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
-# Norms that stand behind attention and MLP, and write to the residual.
-POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
-POST_NORM_TYPES = ("gemma2", "gemma3_text", "olmo2")
 
 BASE = {
     "vocab_size": 320,
@@ -145,6 +140,8 @@ ROWS = [
         {**GEMMA, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 9, "vocab_size": 331},
     ),
     Row("gemma-outliers", "gemma", {**GEMMA, "num_key_value_heads": 1}, outlier=1e3),
+    # What attention or MLP adds exceeds float16, and the sum does by far
+    Row("gemma-large-residual", "gemma", {**GEMMA, "num_key_value_heads": 1}, residual=7e4),
     Row("gemma2", "gemma2", {**GEMMA, "query_pre_attn_scalar": 24, "sliding_window": 9}),
     Row(
         "gemma2-no-caps",
@@ -161,6 +158,7 @@ ROWS = [
         },
     ),
     Row("gemma2-outliers", "gemma2", {**GEMMA, "query_pre_attn_scalar": 32, "sliding_window": 11}, outlier=1e3),
+    Row("gemma2-large-residual", "gemma2", {**GEMMA, "query_pre_attn_scalar": 32, "sliding_window": 11}, residual=7e4),
     Row("gemma3", "gemma3_text", {**GEMMA, "num_hidden_layers": 6, "num_key_value_heads": 1, "sliding_window": 9}),
     # Gemma 3 4B's rope, and a cap that no released one has
     Row(
@@ -182,6 +180,12 @@ ROWS = [
         },
     ),
     Row("gemma3-outliers", "gemma3_text", {**GEMMA, "sliding_window": 11, "layer_types": GEMMA3_LAYERS}, outlier=1e3),
+    Row(
+        "gemma3-large-residual",
+        "gemma3_text",
+        {**GEMMA, "sliding_window": 11, "layer_types": GEMMA3_LAYERS},
+        residual=7e4,
+    ),
     Row("mixtral", "mixtral", {**BASE, "num_local_experts": 4, "sliding_window": None}),
     # Three of five, in a window
     Row(
@@ -243,7 +247,9 @@ def write_checkpoint(row: Row, folder: Path) -> torch.nn.Module | phi3small_mode
         for name, parameter in model.named_parameters():
             parameter.copy_(_initial(name, parameter, center=0.0 if row.model_type in OFFSET_NORMS else 1.0))
         if row.outlier is not None:
-            _add_outliers(model, row.outlier)
+            add_outliers(model, row.outlier)
+        if row.residual is not None:
+            raise_residual(model, row.residual)
     stored = model.to(getattr(torch, row.dtype))
     stored.save_pretrained(folder, safe_serialization=True)
     write_tokenizer(folder, row.config["vocab_size"])
@@ -256,39 +262,6 @@ def _initial(name: str, parameter: torch.Tensor, center: float) -> torch.Tensor:
     if parameter.dim() == 1:
         return center + 0.2 * noise if "norm" in name and name.endswith(".weight") else 0.3 * noise
     return noise * parameter.shape[-1] ** -0.5
-
-
-def _add_outliers(model: torch.nn.Module, size: float) -> None:
-    """Drive two residual channels to about ``size`` from the first layer on, as released models do.
-
-    What adds to them gains a factor, and what reads them, a norm, loses one.
-    """
-    embedding = model.model.embed_tokens.weight
-    scale = float(getattr(model.model.embed_tokens, "embed_scale", 1.0))
-    offset = 1.0 if model.config.model_type in OFFSET_NORMS else 0.0
-    for channel, sign in ((5, 1.0), (17, -1.0)):
-        embedding[:, channel] = sign * size / scale * (1 + 0.1 * torch.randn(len(embedding)))
-    behind = POST_NORMS if model.config.model_type in POST_NORM_TYPES else ()
-    for name, parameter in model.model.named_parameters():
-        norm = name.split(".")[-2]
-        if name.endswith(("o_proj.weight", "self_attn.dense.weight")):
-            parameter[5] *= 20
-        elif name.endswith(("mlp.down_proj.weight", "mlp.fc2.weight", "experts.down_proj")):
-            parameter[..., 17, :] *= 20
-        elif "norm" in norm and norm not in behind and len(parameter) == model.config.hidden_size:
-            # A soft cap would leave nothing of the logits that a tied head makes of its own outliers.
-            factor = 1e-3 if behind and norm == "norm" else 0.05
-            if name.endswith(".weight"):
-                parameter[[5, 17]] = (parameter[[5, 17]] + offset) * factor - offset
-    _raise_logits(model, offset)
-
-
-def _raise_logits(model: torch.nn.Module, offset: float) -> None:
-    """Bring logits that the outliers pressed down back to a deviation of one: nearly equal ones would hide errors."""
-    deviation = model(torch.arange(5, 105)[None]).logits.std()
-    norm = getattr(model.model, "norm", None) or model.model.final_layernorm
-    if deviation < 0.5:
-        norm.weight.copy_((norm.weight + offset) / deviation - offset)
 
 
 def write_tokenizer(folder: Path, vocabulary_size: int) -> None:

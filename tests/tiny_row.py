@@ -12,11 +12,13 @@ CONTEXT = 160
 @dataclass(frozen=True)
 class Row:
     """One tiny model. ``outlier`` scales norms and projections so that residual channels reach about that value;
-    ``context`` is what is exported, None the model's own."""
+    ``residual`` (of a Gemma) is about what each of its halves of a layer adds to one; ``context`` is what is exported,
+    None the model's own."""
 
     name: str
     model_type: str
     config: Mapping[str, Any]
     dtype: str = "bfloat16"
     outlier: float | None = None
+    residual: float | None = None
     context: int | None = None

@@ -61,7 +61,8 @@ class DecoderConfig:
     ``layer_norm``: norms are layer norms with a bias, else RMS norms times weight + ``norm_offset``. ``residual_scale``
     is on what attention and MLP add; ``attention_scale`` None is 1/sqrt(head_dim). ``parallel_residual``:
     attention and MLP read one norm and are added together. ``suppressed_ids`` are never to be
-    chosen: the head's bias :data:`SUPPRESSING_BIAS`, which no file has, sees to it.
+    chosen: the head's bias :data:`SUPPRESSING_BIAS`, which no file has, sees to it. ``residual_shift``: a runtime of
+    float16 holds the residual times 2 to the power of minus that, because trained models of this kind exceed its range.
     """
 
     model_type: str
@@ -91,6 +92,7 @@ class DecoderConfig:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     suppressed_ids: tuple[int, ...] = ()
+    residual_shift: int = 0
 
 
 @dataclass(frozen=True, slots=True)

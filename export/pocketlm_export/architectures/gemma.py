@@ -6,6 +6,10 @@ from pocketlm_export.architectures import llama
 from pocketlm_export.architectures._configuration import ACTIVATIONS, DecoderConfig, Defaults
 from pocketlm_export.fields import Fields
 
+# The residual of trained models leaves float16's range. Times 2^-6 it may reach 4.2e6, and is below float16's normal
+# numbers where it was below 4e-3.
+RESIDUAL_SHIFT = 6
+
 
 def configure(fields: Fields) -> DecoderConfig:
     """``hidden_act`` counts, and its "gelu" means the tanh form; ``hidden_activation`` does not."""
@@ -22,4 +26,6 @@ def as_gemma(fields: Fields, defaults: Defaults) -> DecoderConfig:
     if fields.flag("use_bidirectional_attention", False):
         raise fields.refuse("use_bidirectional_attention", "is true: only causal attention can be exported")
     config = llama.configure(fields, defaults)
-    return replace(config, mlp_bias=False, norm_offset=1.0, embedding_scale=config.hidden_size**0.5)
+    return replace(
+        config, mlp_bias=False, norm_offset=1.0, embedding_scale=config.hidden_size**0.5, residual_shift=RESIDUAL_SHIFT
+    )

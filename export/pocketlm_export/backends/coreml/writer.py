@@ -27,9 +27,6 @@ __all__ = ["FORMS", "write_package"]
 LONGEST_CALL = 128
 IOS18 = 9  # specification version
 BLOB_CODES = {"float16": 1, "int8": 4, "int4": 8, "int32": 14}
-# Families whose trained residual leaves fp16's range. Times 2^-6 it reaches 4.2e6, and is below fp16's normal numbers
-# where it was below 4e-3.
-RESIDUAL_SHIFTS = {"gemma": 6, "gemma2": 6, "gemma3_text": 6}
 EXPERTS_NOTE = (
     "a prompt goes token by token, because the rows of each token's experts are gathered from the quantized matrices; "
     "whether Core ML keeps those quantized in memory was not seen"
@@ -42,7 +39,7 @@ def write_package(lowering: Lowering, package: Path, form: AttentionForm = "expl
 
     Raises :class:`pocketlm.UnsupportedError` naming the tensor and index of a value that fp16 can't hold.
     """
-    shift = RESIDUAL_SHIFTS.get(lowering.config.model_type, 0)
+    shift = lowering.config.residual_shift
     graph = merge_linears(shift_residual(lowering.graph, shift))
     last = keep_last_positions(graph, 1)
     # Experts of several tokens at once would be gathered for each of them, or all be computed.
