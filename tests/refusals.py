@@ -25,7 +25,6 @@ class Refusal:
 
 
 REFUSALS = (
-    Refusal("executorch", ("mixtral", "qwen3_moe"), "ExecuTorch's kernel for it reads weights packed by TorchAO alone"),
     # QMoE has one block size and one width for all matrices of a kind: a width that no block divides is kept in int8.
     Refusal("onnx", ("mixtral-window",), "matrices of its layer's experts must have one scheme", ("int4",)),
     # SparseAttention's kernel has sizes of its own; released models have 64.

@@ -8,10 +8,13 @@ import torch
 
 from pocketlm.errors import UnsupportedError
 from pocketlm_export.architectures import build_graph
+from pocketlm_export.backends.executorch.reading.int8 import round_rows
+from pocketlm_export.backends.reading import Call, Run
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import quantize
+from pocketlm_export.verify.lockstep import Lane, run_lanes
 from pocketlm_export.verify.reference import ReferenceSession
 from tests.architectures.parity import DECODE, PROMPT, difference, position_kl, run
 from tests.refusals import REFUSALS, SCHEMES, refusal_of
@@ -104,6 +107,19 @@ MEAN_KL_COREML_LARGE_LOGITS = {"llama-outliers": 8e-3}
 # Rounding only the reference's activations to int8 gives a mean of 6.4e-3 for mixtral in int8, as ONNX Runtime does,
 # and up to 1.7e-2 with a median of 2.2e-3 elsewhere. Twice the largest that was measured in a runtime.
 MEAN_KL_EXPERTS, MEDIAN_KL_EXPERTS = 1.7e-2, 1.8e-3
+# XNNPACK rounds whole rows, which costs more where one element is large, and how it does is known: the reference that
+# rounds its activations so is the measure, with the factor of the certificate's level 5. Measured: up to 1.15.
+MEDIAN_KL_OF_ROUNDED = 1.5
+
+
+def rounded_logits(row, folder, scheme: str, tmp_path, tokens: list[int]) -> np.ndarray:
+    """Of the reference with activations in int8 as XNNPACK has them, all tokens in one call."""
+    checkpoint = open_checkpoint(folder)
+    graph = build_graph(checkpoint.config, row.context or checkpoint.config.context_length)
+    weights = quantize(checkpoint.tensors, assign_rows(graph, scheme, "int8"), WeightStore(tmp_path))
+    runs = [Run("text", (Call(tuple(tokens), len(tokens)),))]
+    lane = Lane(name="rounded", runs=runs, weights=weights, round_activations=lambda _weight, x: round_rows(x))
+    return np.asarray(run_lanes(graph, [lane])["rounded"][0].logits[0], np.float64)
 
 
 @pytest.mark.parametrize(("row", "runtime", "scheme"), cells("int4", "int8"))
@@ -117,8 +133,13 @@ def test_quantized_agrees_with_the_reference_on_the_same_integers(
     if runtime == "coreml":
         limit = MEAN_KL_COREML_LARGE_LOGITS.get(row.name, limit)
     with tiny_bundle(row.name, scheme, runtime).session(runtime, threads=1) as session:
-        found = position_kl(run(session, tokens), expected)
-    if row.model_type in WITH_EXPERTS:
+        logits = run(session, tokens)
+    found = position_kl(logits, expected)
+    if row.model_type in WITH_EXPERTS and runtime == "executorch":
+        rounded = rounded_logits(row, folder, scheme, tmp_path, tokens)
+        assert np.median(found) <= MEDIAN_KL_OF_ROUNDED * np.median(position_kl(rounded, expected))
+        limit = MEAN_KL_EXPERTS
+    elif row.model_type in WITH_EXPERTS:
         assert np.median(found) <= MEDIAN_KL_EXPERTS
         limit = MEAN_KL_EXPERTS
     assert found.mean() <= limit

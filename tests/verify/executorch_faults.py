@@ -18,7 +18,8 @@ from pocketlm_export.backends.executorch.reading.attention import layer_attentio
 from pocketlm_export.backends.executorch.reading.facts import rotary_constants, stated_facts
 from pocketlm_export.backends.executorch.reading.kernels import UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.payload import PayloadNode
-from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
+from pocketlm_export.backends.executorch.reading.pte import PteFile
+from pocketlm_export.backends.executorch.reading.steps import DelegateStep, KernelStep
 from tests.verify.executorch_rewriting import Rewriting, reader_of, stored_codes, stored_scales
 from tests.verify.fault_places import (
     Place,

@@ -9,8 +9,9 @@ import numpy as np
 
 from pocketlm_export.backends.executorch.importing import schema
 from pocketlm_export.backends.executorch.reading.payload import NAMED, Payload, PayloadConstant, payload_bytes
-from pocketlm_export.backends.executorch.reading.pte import DTYPES, KernelStep, PteFile, Step
+from pocketlm_export.backends.executorch.reading.pte import DTYPES, PteFile
 from pocketlm_export.backends.executorch.reading.rebuilding import Segment, program_bytes
+from pocketlm_export.backends.executorch.reading.steps import KernelStep, Step
 
 __all__ = ["Rewriting", "constant_table", "reader_of", "stored_codes", "stored_scales"]
 

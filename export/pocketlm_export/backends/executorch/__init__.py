@@ -11,7 +11,16 @@ from pathlib import Path
 
 from pocketlm.errors import UnsupportedError
 from pocketlm_export.backends.base import Artifact, Lowering
-from pocketlm_export.graph.graph import Activation, Attention, Graph, Linear, MixtureOfExperts
+from pocketlm_export.graph.graph import (
+    Activation,
+    Attention,
+    Graph,
+    Linear,
+    MixtureOfExperts,
+    Node,
+    WeightInfo,
+    weights_of,
+)
 from pocketlm_export.quantization.schemes import SchemeRow
 from pocketlm_export.vendor_tokenizers import write_tokenizer_files
 
@@ -26,15 +35,11 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid")
 def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
     """Refuse what neither XNNPACK nor ExecuTorch's attention kernel can express."""
     for node in graph:
-        if isinstance(node, MixtureOfExperts):
-            raise UnsupportedError(
-                "executorch: a mixture of experts: ExecuTorch's kernel for it reads weights packed by TorchAO alone"
-            )
         if isinstance(node, Attention):
             _check_attention(node)
         elif isinstance(node, Activation) and node.kind not in ACTIVATIONS:
             raise UnsupportedError(f"executorch: activation {node.kind!r}; supported: {', '.join(ACTIVATIONS)}")
-    matrices = {weight.name: weight for node in graph if isinstance(node, Linear) for weight in node.weights}
+    matrices = {weight.name: weight for node in graph for weight in _matrices(node)}
     matrices[graph.embedding.weight.name] = graph.embedding.weight
     for name, weight in matrices.items():
         row = rows[name]
@@ -45,6 +50,16 @@ def check(graph: Graph, rows: Mapping[str, SchemeRow | None]) -> None:
                 f"executorch: {name} {list(weight.shape)} in {row.bits} bits, groups of {row.group}: XNNPACK takes "
                 "8 bits without groups, or 4 bits in groups that are multiples of 32 and divide the columns"
             )
+
+
+def _matrices(node: Node) -> tuple[WeightInfo, ...]:
+    match node:
+        case Linear():
+            return node.weights
+        case MixtureOfExperts():
+            return weights_of(node)
+        case _:
+            return ()
 
 
 def _check_attention(node: Attention) -> None:

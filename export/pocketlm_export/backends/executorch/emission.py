@@ -95,8 +95,9 @@ class Emitter:
         return self.method.kernel("aten::slice_copy.Tensor_out", [x, scalar(dimension), start, stop, scalar(1)], result)
 
     def make(self, value: Value) -> int:
-        """A tensor of the method for ``value``."""
-        self.tensors[value] = self.method.activation(self.shape(value))
+        """The tensor of the method for ``value``."""
+        if value not in self.tensors:
+            self.tensors[value] = self.method.activation(self.shape(value))
         return self.tensors[value]
 
     def once(self, key: object, make: Callable[[], Any]) -> Any:

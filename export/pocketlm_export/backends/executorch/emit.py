@@ -8,10 +8,19 @@ from typing import Any
 from pocketlm_export.backends.base import Entry
 from pocketlm_export.backends.executorch.attention import emit_attention
 from pocketlm_export.backends.executorch.emission import Emission, Emitter, OpenDelegate, Table
+from pocketlm_export.backends.executorch.experts import emit_experts
 from pocketlm_export.backends.executorch.importing import ScalarType
 from pocketlm_export.backends.executorch.layout import NamedConstant
 from pocketlm_export.backends.executorch.packing import Packing
-from pocketlm_export.backends.executorch.partition import CachedAttention, Delegate, MergeHeads, SplitHeads, partition
+from pocketlm_export.backends.executorch.partition import (
+    CachedAttention,
+    ChosenExperts,
+    Delegate,
+    MergeHeads,
+    RouterShares,
+    SplitHeads,
+    partition,
+)
 from pocketlm_export.backends.executorch.xnnpack import XnnpackGraph
 from pocketlm_export.graph.graph import (
     Activation,
@@ -41,13 +50,17 @@ def emit(graph: Graph, packing: Packing, longest_call: int) -> Emission:
     emitter = Emitter(graph, packing, longest_call)
     for step in partition(graph):
         if isinstance(step, Delegate):
-            emitter.open = OpenDelegate(XnnpackGraph(), step.outputs)
-            for node in step.nodes:
-                EMITTERS[type(node)](emitter, node)
-            emitter.method.delegate(emitter.open.graph, [*emitter.open.inputs, *emitter.open.results])
+            _delegate(emitter, step)
         else:
             EMITTERS[type(step)](emitter, step)
     return Emission(emitter.method, emitter.tensors[graph.logits], emitter.named, emitter.entries)
+
+
+def _delegate(emitter: Emitter, step: Delegate) -> None:
+    emitter.open = OpenDelegate(XnnpackGraph(), step.outputs)
+    for node in step.nodes:
+        EMITTERS[type(node)](emitter, node)
+    emitter.method.delegate(emitter.open.graph, [*emitter.open.inputs, *emitter.open.results])
 
 
 def _embedding(emitter: Emitter, node: Embedding) -> None:
@@ -254,6 +267,17 @@ def _rotate(emitter: Emitter, x: int, rotary: Rotary, output: int | None) -> int
     return graph.binary("Add", graph.binary("Multiply", x, cosine), turned, output)
 
 
+def _router_shares(emitter: Emitter, node: RouterShares) -> None:
+    row = emitter.packing.weights.row(node.router.name)
+    x, router = _filter(emitter, row, emitter.read(node.x), (node.router,))
+    scores = emitter.open.graph.fully_connected(x, router, None)
+    emitter.open.values[node.output] = emitter.open.graph.unary("Softmax", scores, emitter.output(node.output))
+
+
+def _chosen_experts(emitter: Emitter, node: ChosenExperts) -> None:
+    emit_experts(emitter, node, _delegate)
+
+
 def _merge_heads(emitter: Emitter, node: MergeHeads) -> None:
     x, result = emitter.read(node.x), emitter.output(node.output)
     emitter.open.values[node.output] = emitter.open.graph.reshape(x, (node.output.width,), result)
@@ -262,6 +286,7 @@ def _merge_heads(emitter: Emitter, node: MergeHeads) -> None:
 EMITTERS: Mapping[type, Callable[[Emitter, Any], None]] = {
     Embedding: _embedding,
     CachedAttention: emit_attention,
+    ChosenExperts: _chosen_experts,
     LastPositions: _last_positions,
     Linear: _linear,
     RmsNorm: _rms_norm,
@@ -273,4 +298,5 @@ EMITTERS: Mapping[type, Callable[[Emitter, Any], None]] = {
     Activation: _activation,
     SplitHeads: _split_heads,
     MergeHeads: _merge_heads,
+    RouterShares: _router_shares,
 }

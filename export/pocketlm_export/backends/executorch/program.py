@@ -1,7 +1,8 @@
 """Builds one method of an ExecuTorch program in the wheel's schema dataclasses: values, instructions, memory plan."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from pocketlm_export.backends.executorch.importing import ScalarType, schema
 from pocketlm_export.backends.executorch.memory import ALIGNMENT, Lifetime, plan_arena
@@ -11,7 +12,7 @@ from pocketlm_export.backends.executorch.xnnpack import XnnpackGraph
 __all__ = ["MethodBuilder", "constant_method"]
 
 ARENA, CACHES = 1, 2  # memory 0 is the schema's own
-ITEM_BYTES = {ScalarType.FLOAT: 4, ScalarType.LONG: 8}
+ITEM_BYTES = {ScalarType.FLOAT: 4, ScalarType.LONG: 8, ScalarType.BOOL: 1}
 
 LEAF = '{"type": null, "context": null, "children_spec": []}'
 Shape = tuple[int, ...]
@@ -23,9 +24,10 @@ class MethodBuilder:
 
     def __init__(self) -> None:
         self.constants: list[Piece] = []
-        self.delegates: list[XnnpackGraph] = []
+        self.delegates: dict[XnnpackGraph, int] = {}
         self._values: list[schema.EValue] = []
         self._scalars: dict[tuple[type, Scalar], int] = {}
+        self._lists: dict[int, tuple[int, ...]] = {}
         self._operators: dict[tuple[str, str], int] = {}
         self._instructions: list[schema.Instruction] = []
         self._inputs: list[int] = []
@@ -38,6 +40,17 @@ class MethodBuilder:
         if key not in self._scalars:
             self._scalars[key] = self._add(_scalar(value))
         return self._scalars[key]
+
+    def integers(self, *values: int) -> int:
+        """A list of integers as an argument of a kernel."""
+        items = [self.scalar(value) for value in values]
+        return self._add_list(schema.IntList(items), items)
+
+    def optional_tensors(self, *tensors: int | None) -> int:
+        """A list of tensors, or None in their places, as an argument of a kernel."""
+        given = [tensor for tensor in tensors if tensor is not None]
+        items = [-1 if tensor is None else tensor for tensor in tensors]
+        return self._add_list(schema.OptionalTensorList(items), given)
 
     def integer(self) -> int:
         """An integer that a kernel computes."""
@@ -70,21 +83,30 @@ class MethodBuilder:
         index: int = self._values[constant].val.data_buffer_idx
         return index
 
-    def kernel(self, operator: str, arguments: Sequence[int], result: int) -> int:
-        """Call ``namespace::name.overload``; ``result`` is its out argument, or its value if it has none."""
+    def kernel(self, operator: str, arguments: Sequence[int], *results: int) -> int:
+        """Call ``namespace::name.overload``; ``results`` are its out arguments, or its value if it has none: an integer
+        or, where the name ends in ``_``, the argument that it changes. Returns the first."""
         name, _, overload = operator.partition(".")
         index = self._operators.setdefault((name, overload), len(self._operators))
-        has_out = overload.endswith("out")
-        call = schema.KernelCall(op_index=index, args=[*arguments, *[result] * (2 if has_out else 1)])
+        returned = results[0] if len(results) == 1 else self._add_list(schema.TensorList(list(results)), results)
+        outs = results if overload.endswith("out") or len(results) > 1 else ()
+        call = schema.KernelCall(op_index=index, args=[*arguments, *outs, returned])
         self._instructions.append(schema.Instruction(call))
-        return result
+        return results[0]
 
     def delegate(self, graph: XnnpackGraph, arguments: Sequence[int]) -> None:
         """Call a delegate with its inputs, then its outputs; a graph that is called again is one delegate."""
-        if graph not in self.delegates:
-            self.delegates.append(graph)
-        call = schema.DelegateCall(delegate_index=self.delegates.index(graph), args=list(arguments))
-        self._instructions.append(schema.Instruction(call))
+        index = self.delegates.setdefault(graph, len(self.delegates))
+        self._instructions.append(schema.Instruction(schema.DelegateCall(delegate_index=index, args=list(arguments))))
+
+    @contextmanager
+    def only_if(self, flag: int) -> Iterator[None]:
+        """What is called inside is jumped over unless ``flag``, a tensor of one bool, is true. Its activations have the
+        arena's bytes between their first and last use, as everywhere: jumps only lead forward."""
+        jump = schema.JumpFalseCall(cond_value_index=flag, destination_instruction=0)
+        self._instructions.append(schema.Instruction(jump))
+        yield
+        jump.destination_instruction = len(self._instructions)
 
     def finish(self, name: str, output: int, delegate_segments: Sequence[int]) -> schema.ExecutionPlan:
         """The method with its memory planned."""
@@ -113,9 +135,9 @@ class MethodBuilder:
     def _plan_memory(self, output: int) -> int:
         uses: dict[int, list[int]] = {index: [] for index in self._activations}
         for position, instruction in enumerate(self._instructions):
-            for argument in instruction.instr_args.args:
-                if argument in uses:
-                    uses[argument].append(position)
+            for value in self._used_by(instruction.instr_args):
+                if value in uses:
+                    uses[value].append(position)
         uses[output].append(len(self._instructions))
         lifetimes = []
         for index in self._activations:
@@ -126,6 +148,18 @@ class MethodBuilder:
         for index, offset in zip(self._activations, offsets, strict=True):
             self._values[index].val.allocation_info = _allocation(ARENA, offset)
         return arena
+
+    def _used_by(self, call: schema.InstructionArguments) -> Iterator[int]:
+        if isinstance(call, schema.JumpFalseCall):
+            yield call.cond_value_index
+            return
+        for argument in call.args:
+            yield from self._lists.get(argument, (argument,))
+
+    def _add_list(self, value: schema.KernelTypes, items: Sequence[int]) -> int:
+        index = self._add(value)
+        self._lists[index] = tuple(items)
+        return index
 
     def _add(self, value: schema.KernelTypes) -> int:
         self._values.append(schema.EValue(value))

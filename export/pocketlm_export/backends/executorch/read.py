@@ -1,7 +1,7 @@
 """The reader of a written .pte for verification: see :mod:`pocketlm_export.backends.reading`."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -26,9 +26,10 @@ from pocketlm_export.backends.executorch.reading.nodes import check_nodes
 from pocketlm_export.backends.executorch.reading.parts import constant_bytes, run_parts
 from pocketlm_export.backends.executorch.reading.payload import Payload
 from pocketlm_export.backends.executorch.reading.pieces import check_delegates_in_float32, check_quantized_linears
-from pocketlm_export.backends.executorch.reading.pte import KernelStep, PteFile
+from pocketlm_export.backends.executorch.reading.pte import PteFile
 from pocketlm_export.backends.executorch.reading.rebuilding import float32_program
 from pocketlm_export.backends.executorch.reading.runtime import LoadedProgram, run_tokens
+from pocketlm_export.backends.executorch.reading.steps import KernelStep
 from pocketlm_export.backends.reading import (
     LARGEST_SESSION,
     Fact,
@@ -82,13 +83,14 @@ class ExecuTorchReader:
         self._quantized = any(payload.is_quantized(node) for payload in file.delegates for node in payload.nodes)
         self._observed: tuple[Run, list[DelegateCall]] | None = None
         self.round_activations = (lambda _weight, x: round_rows(x)) if self._quantized else None
-        self.notes: tuple[str, ...] = (
+        self._notes = (
             f"memory plan: of {planned} values none shares bytes with another that is alive at the same time",
             "level 3: the whole program without int8"
             if self._whole
             else "level 3: every delegate without int8, alone, on the inputs that float64 gave it",
             f"level 4: every quantized linear in the longest first call and up to {DECODE_CALLS} calls after it",
         )
+        self.notes: tuple[str, ...] = self._notes
 
     def rows(self, entry: str, start: int, stop: int) -> WrittenMatrix | npt.NDArray[np.float32]:
         """Rows of ``constant/I`` or of what delegates find under a key, as the contract says."""
@@ -107,9 +109,10 @@ class ExecuTorchReader:
         """In float64; remembers what delegates read in the calls that levels 3 and 4 look at."""
         index = _chosen(runs)
         observed = [(index, number) for number in range(len(_beginning(runs[index]).calls))]
-        traces, calls = execute(self.file, runs, observed)
-        self._observed = _beginning(runs[index]), calls
-        return traces
+        execution = execute(self.file, runs, observed)
+        self._observed = _beginning(runs[index]), execution.delegate_calls
+        self._note_experts_that_rested(execution.ran)
+        return execution.traces
 
     def meaning(self, runs: Sequence[Run]) -> list[Trace | None] | RowErrors | NotRun:
         """Without int8: the whole program where it fits, else every delegate alone."""
@@ -130,6 +133,13 @@ class ExecuTorchReader:
     def emulate(self, runs: Sequence[Run]) -> None:  # noqa: ARG002  the contract's
         """None: a session runs the artifact here."""
         return
+
+    def _note_experts_that_rested(self, ran: Collection[int]) -> None:
+        resting = len(self.file.delegates) - len(ran)
+        note = (
+            f"{resting} of {len(self.file.delegates)} delegates are experts that no token chose: level 1 alone saw them"
+        )
+        self.notes = (*self._notes, note) if resting else self._notes
 
     def _delegate_calls(self, runs: Sequence[Run]) -> list[DelegateCall]:
         beginning = _beginning(runs[_chosen(runs)])

@@ -1,8 +1,9 @@
 """Writes a .pte: the program's flatbuffer, then the segments, streamed piece by piece."""
 
 import hashlib
+import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from pocketlm_export.backends.executorch.packing import Piece
 
 __all__ = ["write_pte"]
 
+DIGEST = re.compile(rb"[0-9a-f]{64}")
 HEADER = struct.Struct("<4sIQQQ")  # magic, its own length, bytes of header and program, first segment, all segments
 
 
@@ -41,11 +43,12 @@ def write_pte(path: Path, emission: Emission, facts: Sequence[schema.ExecutionPl
                 raise AssertionError(f"{file.tell() - base - offset} bytes where {piece.size} were planned")
             digests[piece] = digest.digest()
         keys = {constant.placeholder: constant.key(digests) for constant in emission.named}
+        written = {placeholder.encode(): key.encode() for placeholder, key in keys.items()}
         for payload, segment in zip(payloads, layout.delegate_segments, strict=True):
             file.seek(base + layout.segments[segment].offset)
-            file.write(_replaced(payload, keys))
+            file.write(_replaced(payload, written))
         file.seek(0)
-        file.write(_replaced(program, keys))
+        file.write(_replaced(program, written))
     return keys
 
 
@@ -72,7 +75,6 @@ def _with_header(flatbuffer: bytes, alignment: int, segment_bytes: int) -> bytes
     return root.to_bytes(4, "little") + flatbuffer[4:8] + header.ljust(width, b"\0") + flatbuffer[8:]
 
 
-def _replaced(content: bytes, keys: dict[str, str]) -> bytes:
-    for placeholder, key in keys.items():
-        content = content.replace(placeholder.encode(), key.encode())
-    return content
+def _replaced(content: bytes, keys: Mapping[bytes, bytes]) -> bytes:
+    """Placeholders are the only strings of 64 hexadecimal digits; a string lies between zeros."""
+    return DIGEST.sub(lambda found: keys.get(found[0], found[0]), content)

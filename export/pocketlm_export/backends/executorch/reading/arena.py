@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from pocketlm.errors import BundleError
 from pocketlm_export.backends.executorch.reading.kernels import UPDATE_CACHE
-from pocketlm_export.backends.executorch.reading.pte import DTYPES, DelegateStep, PteFile
+from pocketlm_export.backends.executorch.reading.pte import DTYPES, PteFile
+from pocketlm_export.backends.executorch.reading.steps import KernelStep
 
 __all__ = ["check_memory_plan"]
 
@@ -25,8 +26,9 @@ class _Planned:
 def check_memory_plan(file: PteFile) -> int:
     """Return how many values were compared. Raises :class:`BundleError` naming two that overlap.
 
-    A value lives from the instruction that makes it to the last that reads it; what is read before it is made keeps
-    its content from call to call (a cache) and is always alive.
+    A value lives from the instruction that makes it to the last that reads it, whatever jumps pass over in between:
+    they only lead forward. What is read before it is made keeps its content from call to call (a cache) and is always
+    alive.
     """
     planned = sorted(_planned_values(file), key=lambda value: (value.memory, value.start))
     for position, value in enumerate(planned):
@@ -48,17 +50,13 @@ def _planned_values(file: PteFile) -> list[_Planned]:
     last = dict.fromkeys(file.forward.outputs, end)
     made: set[int] = set()
     for number, step in enumerate(file.steps):
-        if isinstance(step, DelegateStep):
-            read, written = step.inputs, step.outputs
-        else:
-            read, written = step.arguments, (step.result,)
-            if step.operator == UPDATE_CACHE and step.arguments[1] in made:
-                raise BundleError(f"{file.path}: cache {step.arguments[1]} is overwritten by another operator")
-        for index in read:
+        if isinstance(step, KernelStep) and step.operator == UPDATE_CACHE and step.arguments[1] in made:
+            raise BundleError(f"{file.path}: cache {step.arguments[1]} is overwritten by another operator")
+        for index in step.read:
             if index not in made:
                 first[index], last[index] = 0, end
-        made.update(written)
-        for index in (*read, *written):
+        made.update(step.made)
+        for index in (*step.read, *step.made):
             first.setdefault(index, number)
             last[index] = max(last.get(index, 0), number)
     planned = []

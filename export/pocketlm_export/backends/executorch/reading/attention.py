@@ -11,7 +11,8 @@ from pocketlm.errors import BundleError, UnsupportedError
 from pocketlm_export.backends.executorch.importing import schema
 from pocketlm_export.backends.executorch.reading.kernels import ATTENTION, SLICE, UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.payload import Payload, PayloadNode
-from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
+from pocketlm_export.backends.executorch.reading.pte import PteFile
+from pocketlm_export.backends.executorch.reading.steps import DelegateStep, KernelStep, Step
 
 __all__ = ["LayerAttention", "layer_attentions", "number"]
 
@@ -42,7 +43,9 @@ def layer_attentions(file: PteFile) -> list[LayerAttention]:
     attention and by nothing else: only then can calls go in lockstep."""
     written: set[int] = set()
     attentions = []
-    for step in file.steps:
+    for place, step in enumerate(file.steps):
+        if place in file.passed_over and _is_of_caches(file, step):
+            raise BundleError(f"{file.path}: instruction {place} writes or reads a cache, and a jump may pass over it")
         if isinstance(step, KernelStep) and step.operator == UPDATE_CACHE:
             value, cache, _ = step.arguments
             if cache in written or file.tensor(cache).allocation_info is None or len(file.shape(cache)) != 4:
@@ -74,14 +77,21 @@ def number(file: PteFile, step: DelegateStep, value: int) -> float | None:
     return float(content.ravel()[0]) if content is not None and content.size == 1 else None
 
 
-def _attention(file: PteFile, step: KernelStep | DelegateStep) -> LayerAttention | None:
+def _is_of_caches(file: PteFile, step: Step) -> bool:
     if isinstance(step, DelegateStep):
-        kinds = [node.kind for node in file.delegates[step.index].nodes]
-        return _Explicit(file, step).read() if "BatchMatrixMultiply" in kinds else None
-    if step.operator != ATTENTION:
+        return any(node.kind == "BatchMatrixMultiply" for node in file.delegates[step.index].nodes)
+    return isinstance(step, KernelStep) and step.operator in (UPDATE_CACHE, ATTENTION)
+
+
+def _attention(file: PteFile, step: Step) -> LayerAttention | None:
+    if isinstance(step, DelegateStep):
+        return _Explicit(file, step).read() if _is_of_caches(file, step) else None
+    if not isinstance(step, KernelStep) or step.operator != ATTENTION:
         return None
     query, keys, values, _, mask, _, _, scale = step.arguments
     stated = file.scalar(scale)
+    if isinstance(stated, list):
+        raise BundleError(f"{file.path}: {step.operator} with a list for a scale")
     masked = None if isinstance(file.forward.values[mask].val, schema.Null) else mask
     return LayerAttention(
         step, query, keys, values, masked, (), None if stated is None else float(stated), None, step.result
@@ -184,7 +194,5 @@ def _check_readers(file: PteFile, caches: set[int], attentions: list[LayerAttent
             touched.add(step.result)
         elif isinstance(step, KernelStep) and step.operator in (UPDATE_CACHE, ATTENTION):
             continue
-        elif step not in own:
-            used = step.inputs + step.outputs if isinstance(step, DelegateStep) else (*step.arguments, step.result)
-            if touched & set(used):
-                raise BundleError(f"{file.path}: a cache is read by another operator than attention")
+        elif step not in own and touched & {*step.read, *step.made}:
+            raise BundleError(f"{file.path}: a cache is read by another operator than attention")

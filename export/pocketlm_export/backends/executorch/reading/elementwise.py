@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from pocketlm_export.backends.executorch.reading.attention import number
 from pocketlm_export.backends.executorch.reading.payload import Payload, PayloadNode
-from pocketlm_export.backends.executorch.reading.pte import DelegateStep, PteFile
+from pocketlm_export.backends.executorch.reading.pte import PteFile
+from pocketlm_export.backends.executorch.reading.steps import DelegateStep
 from pocketlm_export.backends.reading import Fact
 
 __all__ = ["elementwise_facts"]

@@ -19,10 +19,11 @@ from pocketlm_export.backends.executorch.reading.kernels import ATTENTION, KERNE
 from pocketlm_export.backends.executorch.reading.matrices import embedding_table, filter_matrix, row_blocks
 from pocketlm_export.backends.executorch.reading.nodes import compute
 from pocketlm_export.backends.executorch.reading.payload import Payload, PayloadNode
-from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
+from pocketlm_export.backends.executorch.reading.pte import PteFile
+from pocketlm_export.backends.executorch.reading.steps import DelegateStep, JumpStep, KernelStep
 from pocketlm_export.backends.reading import Call, Run, Trace
 
-__all__ = ["DelegateCall", "execute"]
+__all__ = ["DelegateCall", "Execution", "execute"]
 
 Array = npt.NDArray[Any]
 
@@ -36,6 +37,15 @@ class DelegateCall:
     outputs: tuple[npt.NDArray[np.float64], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """``traces`` of the runs, what delegates read and made in the observed calls, and which delegates any call ran."""
+
+    traces: list[Trace]
+    delegate_calls: list[DelegateCall]
+    ran: frozenset[int]
+
+
 @dataclass(slots=True)
 class _CallState:
     """The values of one call by index."""
@@ -43,6 +53,7 @@ class _CallState:
     call: Call
     observed: bool
     values: dict[int, Any]
+    resumes: int = 0  # the step that a jump leads to
 
 
 @dataclass(slots=True)
@@ -53,10 +64,8 @@ class _RunState:
     trace: Trace = field(default_factory=Trace)
 
 
-def execute(
-    file: PteFile, runs: Sequence[Run], observed: Collection[tuple[int, int]] = ()
-) -> tuple[list[Trace], list[DelegateCall]]:
-    """Traces of ``runs``, and what delegates read and made in the calls ``observed`` (index of the run, of the call).
+def execute(file: PteFile, runs: Sequence[Run], observed: Collection[tuple[int, int]] = ()) -> Execution:
+    """Execute ``runs``; ``observed`` are calls by the index of the run and of the call.
 
     The file must have passed ``layer_attentions``, ``check_kernels`` and ``check_nodes``.
     """
@@ -67,11 +76,18 @@ def execute(
     states = [_begin(file, index, run, observed) for index, run in enumerate(runs)]
     calls = [call for state in states for call in state.calls]
     delegate_calls: list[DelegateCall] = []
+    ran: set[int] = set()
     last_uses = _last_uses(file)
-    for step, unneeded in zip(file.steps, last_uses, strict=True):
+    for number, (step, unneeded) in enumerate(zip(file.steps, last_uses, strict=True)):
+        running = [call for call in calls if call.resumes <= number]
         if isinstance(step, DelegateStep):
-            delegate_calls += _run_delegate(file, step, calls)
+            delegate_calls += _run_delegate(file, step, running)
+            ran.update([step.index] if running else [])
             file.release()
+        elif isinstance(step, JumpStep):
+            for call in running:
+                if not np.all(_value(file, call, step.condition)):
+                    call.resumes = step.destination
         elif step.operator == UPDATE_CACHE:
             for state in states:
                 _write(file, step, state, *caches[step.arguments[1]])
@@ -82,7 +98,7 @@ def execute(
             for state in states:
                 _take_rows(file, step, state)
         else:
-            _run_kernel(file, step, calls)
+            _run_kernel(file, step, running)
         if step in layers:
             for state in states:
                 _trace(state, attentions[layers[step]])
@@ -92,7 +108,7 @@ def execute(
     (output,) = file.forward.outputs
     for state in states:
         state.trace.logits = [call.values[output][0, -call.call.rows :] for call in state.calls]
-    return [state.trace for state in states], delegate_calls
+    return Execution([state.trace for state in states], delegate_calls, frozenset(ran))
 
 
 def _begin(file: PteFile, index: int, run: Run, observed: Collection[tuple[int, int]]) -> _RunState:
@@ -109,8 +125,7 @@ def _last_uses(file: PteFile) -> list[list[int]]:
     """For each instruction the values that none after it reads."""
     last: dict[int, int] = {}
     for number, step in enumerate(file.steps):
-        used = step.inputs + step.outputs if isinstance(step, DelegateStep) else (*step.arguments, step.result)
-        last.update(dict.fromkeys(used, number))
+        last.update(dict.fromkeys((*step.read, *step.made), number))
     last.update(dict.fromkeys(file.forward.outputs, -1))
     unneeded: list[list[int]] = [[] for _ in file.steps]
     for index, number in last.items():
@@ -124,7 +139,10 @@ def _value(file: PteFile, call: _CallState, index: int) -> Any:
     if index in call.values:
         value = call.values[index]
         return value.array() if isinstance(value, CacheRows) else value
-    if not isinstance(file.forward.values[index].val, schema.Tensor):
+    item = file.forward.values[index].val
+    if isinstance(item, schema.OptionalTensorList):
+        return [None if tensor < 0 else _value(file, call, tensor) for tensor in item.items]
+    if not isinstance(item, schema.Tensor):
         return file.scalar(index)
     content = file.constant_tensor(index)
     if content is None:
@@ -141,7 +159,8 @@ def _run_kernel(file: PteFile, step: KernelStep, calls: Sequence[_CallState]) ->
                 call.values[step.result] = table.values(ids).astype(np.float64)[None]
             else:
                 arguments = [_value(file, call, index) for index in step.arguments]
-                call.values[step.result] = KERNELS[step.operator](*arguments)
+                made = KERNELS[step.operator](*arguments)
+                call.values.update(zip(step.results, made if len(step.results) > 1 else (made,), strict=True))
         except (IndexError, TypeError, ValueError, AttributeError) as error:  # arguments that don't fit the operator
             raise BundleError(f"{file.path}: {step.operator} into value {step.result}: {error}") from error
 
@@ -190,7 +209,7 @@ def _run_delegate(file: PteFile, step: DelegateStep, calls: Sequence[_CallState]
     payload = file.delegates[step.index]
     weighs = any(node.kind == "FullyConnected" for node in payload.nodes)
     observed = []
-    for group in [calls] if weighs else [[call] for call in calls]:
+    for group in [calls] if weighs and calls else [[call] for call in calls]:
         insides = []
         for call in group:
             inputs = [np.asarray(_value(file, call, index), np.float64) for index in step.inputs]

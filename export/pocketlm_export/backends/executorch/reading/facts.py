@@ -11,10 +11,12 @@ import numpy.typing as npt
 
 from pocketlm_export.backends.executorch.reading.attention import LayerAttention, layer_attentions
 from pocketlm_export.backends.executorch.reading.elementwise import elementwise_facts
+from pocketlm_export.backends.executorch.reading.experts import experts_facts
 from pocketlm_export.backends.executorch.reading.kernels import SLICE, UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.matrices import filter_matrix
 from pocketlm_export.backends.executorch.reading.payload import Payload, PayloadNode
-from pocketlm_export.backends.executorch.reading.pte import DelegateStep, KernelStep, PteFile
+from pocketlm_export.backends.executorch.reading.pte import PteFile
+from pocketlm_export.backends.executorch.reading.steps import DelegateStep, KernelStep
 from pocketlm_export.backends.reading import Fact
 
 __all__ = ["rotary_constants", "stated_facts"]
@@ -23,13 +25,14 @@ Table = npt.NDArray[np.float32]
 
 
 def stated_facts(file: PteFile) -> Iterator[Fact]:
-    """Every fact of ``attention L``, ``norm I``, ``scale I``, ``clamp I`` and ``program``."""
+    """Every fact of ``attention L``, ``norm I``, ``scale I``, ``clamp I``, ``experts I`` and ``program``."""
     attentions = layer_attentions(file)
     for layer, attention in enumerate(attentions):
         yield from _attention_facts(file, layer, attention)
     for number, epsilon in enumerate(_epsilons(file)):
         yield Fact(f"norm {number}", "epsilon", epsilon)
     yield from elementwise_facts(file)
+    yield from experts_facts(file)
     contexts = {file.shape(attention.keys)[1] for attention in attentions} | {*file.fact("get_max_context_len")}
     yield Fact("program", "context_length", _agreed(contexts))
     sizes = {file.shape(file.forward.outputs[0])[-1], *file.fact("get_vocab_size")}

@@ -12,12 +12,14 @@ import numpy.typing as npt
 from pocketlm.errors import BundleError, UnsupportedError
 from pocketlm_export.backends.executorch.importing import schema
 from pocketlm_export.backends.executorch.reading.matrices import embedding_table
-from pocketlm_export.backends.executorch.reading.pte import KernelStep, PteFile
+from pocketlm_export.backends.executorch.reading.pte import PteFile
+from pocketlm_export.backends.executorch.reading.steps import KernelStep
 
-__all__ = ["ATTENTION", "KERNELS", "SLICE", "UPDATE_CACHE", "attend", "check_kernels"]
+__all__ = ["ATTENTION", "DIVIDE", "KERNELS", "SLICE", "SUM", "TOP", "UPDATE_CACHE", "attend", "check_kernels"]
 
 UPDATE_CACHE, ATTENTION = "llama::update_cache.out", "llama::custom_sdpa.out"
 SLICE = "aten::slice_copy.Tensor_out"
+TOP, SUM, DIVIDE = "aten::topk.values", "aten::sum.IntList_out", "aten::div.out"
 
 Array = npt.NDArray[Any]
 
@@ -71,6 +73,43 @@ def attend(
     return result.reshape(query.shape)
 
 
+def _topk(
+    x: Array,
+    count: int,
+    dimension: int,
+    largest: bool,
+    ordered: bool,  # noqa: ARG001  each order is one of them
+) -> tuple[Array, Array]:
+    """Values and indices; of equal ones the first."""
+    chosen = np.argsort(-x if largest else x, dimension, kind="stable").take(range(count), dimension)
+    return np.take_along_axis(x, chosen, dimension), chosen
+
+
+def _sum(x: Array, dimensions: list[int], keep: bool, _dtype: None) -> Array:
+    result: Array = x.sum(tuple(dimensions), keepdims=keep)
+    return result
+
+
+def _any(x: Array, dimension: int, keep: bool) -> Array:
+    return np.asarray(x.astype(bool).any(dimension, keepdims=keep))
+
+
+def _scatter(x: Array, dimension: int, indices: Array, source: Array) -> Array:
+    result = x.copy()
+    np.put_along_axis(result, indices, source, dimension)
+    return result
+
+
+def _index_put(x: Array, indices: list[Array | None], values: Array, accumulate: bool) -> Array:
+    """Rows along the one dimension that has indices, as the kernel that changes its argument has it."""
+    given = [dimension for dimension, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or accumulate:
+        raise ValueError(f"indices of {len(given)} dimensions, accumulate {accumulate}")
+    result = x.copy()
+    result[(slice(None),) * given[0] + (indices[given[0]],)] = values
+    return result
+
+
 def _slice_copy(x: Array, dimension: int, start: int, stop: int, step: int) -> Array:
     return x[(slice(None),) * dimension + (slice(start, stop, step),)]
 
@@ -80,6 +119,15 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
     "aten::_local_scalar_dense": int,
     "aten::sym_size.int": lambda x, dimension: x.shape[dimension],
     SLICE: _slice_copy,
+    "aten::full_like.out": lambda x, value, _memory_format: np.full_like(x, value),
+    TOP: _topk,
+    SUM: _sum,
+    DIVIDE: lambda left, right: left / right,
+    "aten::scatter.src_out": _scatter,
+    "aten::any.out": _any,
+    "aten::nonzero.out": lambda x: np.argwhere(x),
+    "aten::index_select.out": lambda x, dimension, index: np.take(x, index, dimension),
+    "aten::index_put_": _index_put,
     "executorch_prim::add.Scalar": lambda left, right: left + right,
     "executorch_prim::sub.Scalar": lambda left, right: left - right,
     "executorch_prim::mod.Scalar": lambda left, right: left % right,
@@ -90,6 +138,15 @@ ARGUMENTS: Mapping[str, int] = {
     "aten::_local_scalar_dense": 1,
     "aten::sym_size.int": 2,
     SLICE: 5,
+    "aten::full_like.out": 3,
+    TOP: 5,
+    SUM: 4,
+    DIVIDE: 2,
+    "aten::scatter.src_out": 4,
+    "aten::any.out": 3,
+    "aten::nonzero.out": 1,
+    "aten::index_select.out": 3,
+    "aten::index_put_": 4,
     "aten::embedding.out": 5,
     "quantized_decomposed::embedding_4bit.dtype_out": 7,
     "quantized_decomposed::embedding_byte.dtype_out": 7,

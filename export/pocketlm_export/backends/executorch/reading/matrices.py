@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from pocketlm.errors import BundleError, UnsupportedError
 from pocketlm_export.backends.executorch.reading.payload import Payload, PayloadConstant
-from pocketlm_export.backends.executorch.reading.pte import KernelStep, PteFile
+from pocketlm_export.backends.executorch.reading.pte import PteFile
+from pocketlm_export.backends.executorch.reading.steps import KernelStep
 from pocketlm_export.backends.reading import WrittenMatrix
 
 __all__ = ["FloatMatrix", "Matrix", "QuantizedMatrix", "embedding_table", "filter_matrix", "row_blocks"]

@@ -7,6 +7,7 @@ their kernels and their bytes are those of the file.
 
 import copy
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ import numpy.typing as npt
 from pocketlm_export.backends.executorch.importing import CONSTANT_ALIGNMENT, schema
 from pocketlm_export.backends.executorch.reading.kernels import UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.matrices import embedding_table
-from pocketlm_export.backends.executorch.reading.pte import DTYPES, DelegateStep, KernelStep, PteFile, Step
+from pocketlm_export.backends.executorch.reading.pte import DTYPES, PteFile
 from pocketlm_export.backends.executorch.reading.rebuilding import Segment, program_bytes
 from pocketlm_export.backends.executorch.reading.runtime import LoadedProgram
+from pocketlm_export.backends.executorch.reading.steps import DelegateStep, JumpStep, KernelStep, Step
 from pocketlm_export.backends.reading import Run, Trace
 
 __all__ = ["LARGEST_PART", "Part", "constant_bytes", "cut_parts", "run_parts"]
@@ -66,25 +68,33 @@ def run_parts(file: PteFile, runs: Sequence[Run]) -> list[Trace]:
 
 
 def cut_parts(file: PteFile) -> list[Part]:
-    """``forward`` cut before delegates: a cache is written and read in the part of the delegate before it."""
+    """``forward`` cut before delegates, or jumps over them: a cache is written and read in the part of the delegate
+    before it."""
     timing = _independent_of_tokens(file)
     groups = _groups(file, [number for number in range(len(file.steps)) if number not in timing])
-    parts = []
-    for index, group in enumerate(groups):
+    parts: list[Part] = []
+    later = set(file.forward.outputs)
+    for group in reversed(groups):
         repeated = frozenset(_needed(file, timing, group))
         steps = tuple(sorted(repeated.union(group)))
-        later = {value for rest in groups[index + 1 :] for number in rest for value in _read(file.steps[number])}
-        made = dict.fromkeys(value for number in group for value in _made(file.steps[number]))
-        known = {value for number in steps for value in _made(file.steps[number])}
-        inputs = dict.fromkeys(
-            value
-            for number in steps
-            for value in _read(file.steps[number])
-            if value not in known and _is_given(file, value)
-        )
-        outputs = tuple(value for value in made if value in later or value in file.forward.outputs)
-        parts.append(Part(steps, repeated, tuple(inputs), outputs))
-    return parts
+        made = dict.fromkeys(value for number in group for value in file.steps[number].made)
+        inputs = _read_before_made(file, steps)
+        parts.append(Part(steps, repeated, inputs, tuple(value for value in made if value in later)))
+        later |= set(inputs)
+    return parts[::-1]
+
+
+def _read_before_made(file: PteFile, steps: Iterable[int]) -> tuple[int, ...]:
+    """What ``steps`` read of earlier parts, or of the caller: no scalar, no constant and no cache."""
+    inputs: dict[int, None] = {}
+    known = _caches(file)
+    for number in steps:
+        for value in file.steps[number].read:
+            tensor = file.forward.values[value].val
+            if value not in known and isinstance(tensor, schema.Tensor) and not tensor.data_buffer_idx:
+                inputs[value] = None
+        known.update(file.steps[number].made)
+    return tuple(inputs)
 
 
 def constant_bytes(file: PteFile, steps: Iterable[Step]) -> int:
@@ -95,7 +105,7 @@ def constant_bytes(file: PteFile, steps: Iterable[Step]) -> int:
         if isinstance(step, DelegateStep):
             values = file.delegates[step.index].values.values()
             named |= {c.key: c.size for value in values for c in (value.constant, value.scales) if c is not None}
-        for index in _read(step):
+        for index in step.read:
             tensor = file.forward.values[index].val
             if isinstance(tensor, schema.Tensor) and tensor.data_buffer_idx:
                 tables[tensor.data_buffer_idx] = _size(tensor)
@@ -103,12 +113,12 @@ def constant_bytes(file: PteFile, steps: Iterable[Step]) -> int:
 
 
 def _groups(file: PteFile, numbers: Sequence[int]) -> list[list[int]]:
-    """Each delegate with the kernels behind it, together as long as their constants fit."""
+    """Each delegate with the kernels behind it, together as long as their constants fit; none begins with what a jump
+    passes over."""
     pieces: list[list[int]] = [[]]
     for number in numbers:
-        if isinstance(file.steps[number], DelegateStep) and any(
-            isinstance(file.steps[other], DelegateStep) for other in pieces[-1]
-        ):
+        may_begin = isinstance(file.steps[number], DelegateStep | JumpStep) and number not in file.passed_over
+        if may_begin and any(isinstance(file.steps[other], DelegateStep) for other in pieces[-1]):
             pieces.append([])
         pieces[-1].append(number)
     groups: list[list[int]] = []
@@ -127,41 +137,25 @@ def _independent_of_tokens(file: PteFile) -> set[int]:
     found = set()
     for number, step in enumerate(file.steps):
         if (
-            isinstance(step, DelegateStep)
+            not isinstance(step, KernelStep)
             or embedding_table(file, step) is not None
             or step.operator == UPDATE_CACHE
-            or dependent & set(_read(step))
+            or dependent & set(step.read)
         ):
-            dependent.update(_made(step))
+            dependent.update(step.made)
         else:
             found.add(number)
     return found
 
 
 def _needed(file: PteFile, timing: set[int], group: Sequence[int]) -> set[int]:
-    wanted = {value for number in group for value in _read(file.steps[number])}
+    wanted = {value for number in group for value in file.steps[number].read}
     needed = set()
     for number in sorted(timing, reverse=True):
-        if wanted & set(_made(file.steps[number])):
+        if wanted & set(file.steps[number].made):
             needed.add(number)
-            wanted.update(_read(file.steps[number]))
+            wanted.update(file.steps[number].read)
     return needed
-
-
-def _read(step: Step) -> tuple[int, ...]:
-    return step.inputs if isinstance(step, DelegateStep) else step.arguments
-
-
-def _made(step: Step) -> tuple[int, ...]:
-    return step.outputs if isinstance(step, DelegateStep) else (step.result,)
-
-
-def _is_given(file: PteFile, index: int) -> bool:
-    """Whether a value that a part doesn't make comes from outside: no scalar, no constant and no cache does."""
-    tensor = file.forward.values[index].val
-    if not isinstance(tensor, schema.Tensor) or tensor.data_buffer_idx:
-        return False
-    return index not in _caches(file)
 
 
 def _caches(file: PteFile) -> set[int]:
@@ -174,20 +168,24 @@ def _part_program(file: PteFile, part: Part) -> bytes:
     together, and for what is computed again: in the file's plan an earlier part's value may have its place by now."""
     plan = copy.copy(file.forward)
     steps = [file.steps[number] for number in part.steps]
-    used = {value for step in steps for value in (*_read(step), *_made(step))} | set(part.inputs)
+    instructions = [copy.deepcopy(file.forward.chains[0].instructions[number]) for number in part.steps]
+    used = {value for step in steps for value in (*step.read, *step.made)} | set(part.inputs)
+    used |= {value for instruction in instructions for value in getattr(instruction.instr_args, "args", ())}  # lists
     plan.values = [
         copy.deepcopy(value) if index in used else schema.EValue(schema.Null())
         for index, value in enumerate(file.forward.values)
     ]
     plan.inputs, plan.outputs = list(part.inputs), list(part.outputs)
     plan.container_meta_type = schema.ContainerMetadata("", "")
-    again = {value for number in part.repeated for value in _made(file.steps[number])}
+    again = {value for number in part.repeated for value in file.steps[number].made}
     plan.non_const_buffer_sizes = _place_anew(plan, again)
     called = list(dict.fromkeys(step.index for step in steps if isinstance(step, DelegateStep)))
-    instructions = [copy.deepcopy(file.forward.chains[0].instructions[number]) for number in part.steps]
     for instruction in instructions:
-        if isinstance(instruction.instr_args, schema.DelegateCall):
-            instruction.instr_args.delegate_index = called.index(instruction.instr_args.delegate_index)
+        match instruction.instr_args:
+            case schema.DelegateCall() as call:
+                call.delegate_index = called.index(call.delegate_index)
+            case schema.JumpFalseCall() as jump:
+                jump.destination_instruction = bisect_left(part.steps, jump.destination_instruction)
     plan.chains = [schema.Chain([], [], instructions, None)]
     plan.delegates = [copy.deepcopy(file.forward.delegates[index]) for index in called]
 

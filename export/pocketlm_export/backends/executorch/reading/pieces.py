@@ -32,6 +32,8 @@ def check_delegates_in_float32(file: PteFile, calls: Sequence[DelegateCall]) -> 
     for index, payload in enumerate(file.delegates):
         name = f"delegate {index}"
         own = [call for call in calls if call.delegate == index]
+        if not own:  # an expert that none of these tokens chose
+            continue
         made: list[list[list[Floats]]] = [[] for _ in own]  # of each call the outputs of each range
         for rows in _head_ranges(payload):
             changed = with_float32_filters(file, payload, "float32", rows)
@@ -66,19 +68,17 @@ def check_quantized_linears(file: PteFile, calls: Sequence[DelegateCall]) -> Row
     pieces: dict[str, Errors] = {}
     for index, payload in enumerate(file.delegates):
         linears = [node for node in payload.nodes if payload.is_quantized(node)]
-        if not linears:
+        own = [call for call in calls if call.delegate == index]
+        if not linears or not own:
             continue
         name = f"delegate {index}"
         seen = list(dict.fromkeys(number for node in linears for number in (_float_input(payload, node), node.output)))
         inside = [number for number in seen if payload.values[number].external is None]
         program = LoadedProgram(delegate_program(file, exposing(payload, inside), {}), f"{file.path}: {name}")
         had: list[dict[int, Floats]] = []
-        for call in calls:
-            if call.delegate == index:
-                outputs = program.call(*call.inputs)
-                had.append(
-                    dict(zip((*payload.inputs, *payload.outputs, *inside), (*call.inputs, *outputs), strict=True))
-                )
+        for call in own:
+            outputs = program.call(*call.inputs)
+            had.append(dict(zip((*payload.inputs, *payload.outputs, *inside), (*call.inputs, *outputs), strict=True)))
         del program
         for node in linears:
             pieces[f"{name}, value {node.output}"] = _linear_errors(file, payload, node, had)

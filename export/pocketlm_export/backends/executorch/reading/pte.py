@@ -6,7 +6,8 @@ The program's flatbuffer is schema/program.fbs, the header in front of it runtim
 import math
 import mmap
 import struct
-from dataclasses import dataclass, fields, is_dataclass
+from collections import Counter
+from dataclasses import fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from pocketlm_export.backends.executorch.importing import (
 )
 from pocketlm_export.backends.executorch.reading.flatc import FlatcError, to_json
 from pocketlm_export.backends.executorch.reading.payload import Payload, parse_payload
+from pocketlm_export.backends.executorch.reading.steps import JumpStep, KernelStep, Step, read_steps
 
-__all__ = ["DTYPES", "DelegateStep", "KernelStep", "PteFile", "Step"]
+__all__ = ["DTYPES", "PteFile"]
 
 DTYPES: dict[ScalarType, np.dtype[Any]] = {
     ScalarType.FLOAT: np.dtype("<f4"),
@@ -32,6 +34,7 @@ DTYPES: dict[ScalarType, np.dtype[Any]] = {
     ScalarType.LONG: np.dtype("<i8"),
     ScalarType.BYTE: np.dtype("u1"),
     ScalarType.CHAR: np.dtype("i1"),
+    ScalarType.BOOL: np.dtype("?"),
 }
 HEADER = struct.Struct("<4sIQQQ")  # magic, its own length, bytes of header and program, first segment, all segments
 HEADER_START = 8
@@ -45,27 +48,6 @@ LARGEST_TENSOR = 1 << 40
 MEMORIES = 3  # memory ids 0..2: the schema's own, activations, caches
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class KernelStep:
-    """``result = operator(*arguments)``; ``operator`` is ``namespace::name.overload``, the others value indices."""
-
-    operator: str
-    arguments: tuple[int, ...]
-    result: int
-
-
-@dataclass(frozen=True, slots=True)
-class DelegateStep:
-    """A call of delegate ``index`` with values in the order of its payload's inputs and outputs."""
-
-    index: int
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-
-Step = KernelStep | DelegateStep
 
 
 class PteFile:
@@ -139,19 +121,20 @@ class PteFile:
     @cached_property
     def steps(self) -> list[Step]:
         """The instructions of ``forward``."""
-        return [
-            self._step(number, instruction.instr_args)
-            for number, instruction in enumerate(self.forward.chains[0].instructions)
-        ]
+        return read_steps(self.path, self.forward, self.delegates)
 
     @cached_property
     def producers(self) -> dict[int, KernelStep]:
         """The kernel that makes each value that only one makes."""
-        made = [step for step in self.steps if isinstance(step, KernelStep)]
-        counts: dict[int, int] = {}
-        for step in made:
-            counts[step.result] = counts.get(step.result, 0) + 1
-        return {step.result: step for step in made if counts[step.result] == 1}
+        made = [(value, step) for step in self.steps if isinstance(step, KernelStep) for value in step.results]
+        counts = Counter(value for value, _ in made)
+        return {value: step for value, step in made if counts[value] == 1}
+
+    @cached_property
+    def passed_over(self) -> frozenset[int]:
+        """The numbers of the steps that a jump may pass over."""
+        jumps = ((number, step) for number, step in enumerate(self.steps) if isinstance(step, JumpStep))
+        return frozenset(inside for number, jump in jumps for inside in range(number + 1, jump.destination))
 
     def tensor(self, index: int) -> schema.Tensor:
         """The tensor that value ``index`` is."""
@@ -164,11 +147,13 @@ class PteFile:
         """The sizes of a tensor: bounds of what a call makes."""
         return tuple(self.tensor(index).sizes)
 
-    def scalar(self, index: int) -> int | float | bool | None:
+    def scalar(self, index: int) -> int | float | bool | list[int] | None:
         """A constant argument of a kernel."""
         match self.forward.values[index].val:
             case schema.Null():
                 return None
+            case schema.IntList() as value:
+                return [int(self.forward.values[item].val.int_val) for item in value.items]
             case schema.Bool() as value:
                 return bool(value.bool_val)
             case schema.Int() as value:
@@ -200,33 +185,6 @@ class PteFile:
         start = where.offsets[tensor.data_buffer_idx]
         size = math.prod(tensor.sizes) * dtype.itemsize
         return self.segment(where.segment_index)[start : start + size].view(dtype).reshape(tensor.sizes)
-
-    def _step(self, number: int, call: Any) -> Step:
-        plan, where = self.forward, f"instruction {number}"
-        if not isinstance(call, schema.KernelCall | schema.DelegateCall):
-            raise UnsupportedError(f"{self.path}: {where} is a {type(call).__name__}")
-        if any(not 0 <= argument < len(plan.values) for argument in call.args):
-            raise self._broken(f"{where}: arguments {call.args} of {len(plan.values)} values")
-        if isinstance(call, schema.DelegateCall):
-            if not 0 <= call.delegate_index < len(plan.delegates):
-                raise self._broken(f"{where}: delegate {call.delegate_index} of {len(plan.delegates)}")
-            payload = self.delegates[call.delegate_index]
-            if len(call.args) != len(payload.inputs) + len(payload.outputs):
-                raise self._broken(f"{where}: {len(call.args)} arguments of delegate {call.delegate_index}")
-            inputs, outputs = (
-                tuple(call.args[payload.values[value].external or 0] for value in side)
-                for side in (payload.inputs, payload.outputs)
-            )
-            return DelegateStep(call.delegate_index, inputs, outputs)
-        if not 0 <= call.op_index < len(plan.operators):
-            raise self._broken(f"{where}: operator {call.op_index} of {len(plan.operators)}")
-        operator = plan.operators[call.op_index]
-        name = f"{operator.name}.{operator.overload}" if operator.overload else operator.name
-        *arguments, result = call.args
-        # the out argument, then the same value as the result
-        if operator.overload.endswith("out") and (not arguments or arguments.pop() != result):
-            raise self._broken(f"{where}: {name} returns another value than its out argument")
-        return KernelStep(name, tuple(arguments), result)
 
     # Opening
 
@@ -296,6 +254,8 @@ class PteFile:
         for index, item in enumerate(plan.values):
             if isinstance(item.val, schema.Tensor):
                 self._check_tensor(index, item.val)
+            elif isinstance(item.val, schema.IntList | schema.TensorList | schema.OptionalTensorList):
+                self._check_list(index, item.val)
             elif not isinstance(item.val, schema.Null | schema.Bool | schema.Int | schema.Double):
                 raise UnsupportedError(f"{self.path}: value {index} is {type(item.val).__name__}")
         for index in (*plan.inputs, *plan.outputs):
@@ -305,6 +265,15 @@ class PteFile:
                 isinstance(item.val, schema.Bool | schema.Int) for item in constant.values
             ):
                 raise UnsupportedError(f"{self.path}: method {name[:80]!r} returns no constant")
+
+    def _check_list(self, index: int, value: schema.IntList | schema.TensorList | schema.OptionalTensorList) -> None:
+        values, lowest = self.forward.values, -1 if isinstance(value, schema.OptionalTensorList) else 0
+        kind = schema.Int if isinstance(value, schema.IntList) else schema.Tensor
+        if not value.items or any(
+            not lowest <= item < len(values) or (item >= 0 and not isinstance(values[item].val, kind))
+            for item in value.items
+        ):
+            raise self._broken(f"value {index}: a list of {value.items}, not all of which are {kind.__name__}s")
 
     def _check_tensor(self, index: int, tensor: schema.Tensor) -> None:
         if tensor.scalar_type not in DTYPES:
