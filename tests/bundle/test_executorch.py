@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pocketlm.errors import BundleError, PocketLMError, UnsupportedError
+from pocketlm.runtimes import executorch_torch
 from pocketlm_export.architectures import build_graph
 from pocketlm_export.backends import executorch as backend
 from pocketlm_export.backends.executorch.memory import ALIGNMENT, Lifetime, plan_arena
@@ -318,6 +319,7 @@ def test_the_official_runner_generates_the_tokens_of_our_session(prompt, calls, 
             if expected[-1] in bundle.stop_ids and len(expected) > 1:  # the runner never stops at the first
                 break
             logits = session.extend([expected[-1]])
+    executorch_torch.load_binding()  # registers the kernels
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
     runner = TextLLMRunner(str(pte(bundle)), str(bundle.folder / "executorch" / "tokenizer.json"))
@@ -379,7 +381,7 @@ def test_it_is_right_with_the_weight_cache_of_phones(
     """Packed at load, packed into a file, and read from that file: the logits of the default run, bit by bit."""
     bundle = tiny_bundle(row, scheme, "executorch", head)
     calls = [TOKENS[:50], *([token] for token in TOKENS[50:54])]
-    with bundle.session("executorch", threads=1) as session:
+    with executorch_torch.open_session(bundle.artifact("executorch"), 1) as session:
         expected = [session.extend(call, logits=min(8, len(call))) for call in calls]
         packed = tmp_path / "packed"
         for cache in (None, packed, packed):
@@ -406,7 +408,7 @@ def test_equal_codes_with_other_scales_are_packed_apart(weight_cache_shim, tmp_p
         for layer in range(3)
     ]
     assert entries[0] == entries[2] != entries[1]
-    with bundle.session("executorch", threads=1) as session:
+    with executorch_torch.open_session(bundle.artifact("executorch"), 1) as session:
         expected = session.extend(TOKENS[:20], logits=8)
         (got,) = run_with_weight_cache(weight_cache_shim, pte(bundle), 1, tmp_path / "packed", [TOKENS[:20]])
     np.testing.assert_array_equal(got, expected)

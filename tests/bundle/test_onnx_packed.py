@@ -14,7 +14,8 @@ import pytest
 import pocketlm
 from pocketlm.artifact import ArtifactFile
 from pocketlm.errors import BundleError, InputError, UnsupportedError
-from pocketlm.runtimes.onnx_packed import LIMIT, packed_copy, packed_folder
+from pocketlm.runtimes.onnx_packed import packed_model
+from pocketlm.runtimes.packed_copies import LIMIT, packed_folder
 
 PROMPT = [7, 11, 13, 17, 19, 23]
 # Tied and untied, dense and quantized, columns that are filled up.
@@ -179,7 +180,7 @@ def test_the_least_recently_used_copies_go_beyond_the_limit(bundle, cache):
 def test_the_free_space_is_checked_before_anything_is_written(bundle, cache):
     files = {"model.onnx": ArtifactFile(sha256="0" * 64, size=1 << 60)}
     wanted = rf"^{cache}: \d+ MB free, but packed weights may need \d+ MB"
-    with pytest.raises(InputError, match=wanted), packed_copy(bundle.folder / "onnx/model.onnx", files):
+    with pytest.raises(InputError, match=wanted), packed_model(bundle.folder / "onnx/model.onnx", files):
         pass
     assert list(cache.iterdir()) == []
 
@@ -212,7 +213,7 @@ def test_a_model_that_the_runtime_refuses_is_named_and_not_the_cache(tmp_path, c
     model = tmp_path / "model.onnx"
     model.write_bytes(b"not a model")
     files = {"model.onnx": ArtifactFile(sha256="0" * 64, size=11)}
-    with pytest.raises(BundleError, match=f"^{model}: ONNX Runtime can't load it"), packed_copy(model, files):
+    with pytest.raises(BundleError, match=f"^{model}: ONNX Runtime can't load it"), packed_model(model, files):
         pass
     assert list(cache.iterdir()) == []
 
@@ -229,7 +230,6 @@ def test_processes_that_open_a_bundle_at_once_make_one_copy(bundle, cache):
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("runtime", ("executorch", "coreml"))
-def test_other_runtimes_refuse_it_by_name(runtime, tiny_bundle):
-    with pytest.raises(UnsupportedError, match=f"^packed weights: not supported by {runtime}; valid: onnx$"):
-        tiny_bundle("llama", "int4", runtime).session(runtime, packed=True)
+def test_a_runtime_without_it_refuses_it_by_name(tiny_bundle):
+    with pytest.raises(UnsupportedError, match=r"^packed weights: not supported by coreml; valid: executorch, onnx$"):
+        tiny_bundle("llama", "int4", "coreml").session("coreml", packed=True)

@@ -70,7 +70,7 @@ def test_packed_weights_are_made_by_a_process_that_is_not_measured(pocketlm, bun
     document = json.loads(process.stdout)
     assert document["job"]["packed"] is True
     assert len(document["repetitions"]) == 1
-    refused(pocketlm("bench", bundle, "--runtime", "executorch", *SIZES, "--packed"), "packed weights", "onnx")
+    refused(pocketlm("bench", bundle, "--runtime", "coreml", *SIZES, "--packed"), "packed weights", "onnx")
 
 
 def test_the_speed_of_the_reference_interpreter_is_not_reported(pocketlm, bundle):

@@ -247,11 +247,11 @@ def test_a_reader_that_leaves_early_is_no_error(environment, bundle):
     assert done.stderr == ""
 
 
-def test_packed_weights_answer_alike_and_only_onnx_has_them(pocketlm, bundle, store):
+def test_packed_weights_answer_alike_and_core_ml_has_none(pocketlm, bundle, store):
     run = ("run", bundle, "--raw", "--prompt", "abc", "--max-new-tokens", "8", "--temperature", "0", "--json")
     plain, packed = (
         json.loads(pocketlm(*run, "--runtime", "onnx", *more).stdout)["tokens"] for more in ((), ("--packed",))
     )
     assert plain == packed
     assert list((store / "pocketlm" / "packed").iterdir())
-    refused(pocketlm(*run, "--runtime", "executorch", "--packed"), "executorch", "valid: onnx")
+    refused(pocketlm(*run, "--runtime", "coreml", "--packed"), "coreml", "valid: executorch, onnx")

@@ -24,7 +24,7 @@ from pocketlm.tokenizer import Tokenizer
 __all__ = ["RUNTIMES", "Bundle", "open_bundle"]
 
 RUNTIMES: Mapping[str, str] = {"executorch": "executorch", "onnx": "onnxruntime", "coreml": "coremltools"}
-PACKING = ("onnx",)  # the runtimes that can keep packed weights in a file
+PACKING = ("executorch", "onnx")  # the runtimes that can keep packed weights in a file
 LARGEST_MANIFEST = 64 << 20
 LONGEST_PATH = 1024
 
@@ -83,8 +83,9 @@ class Bundle:
     def session(self, runtime: str | None = None, *, threads: int | None = None, packed: bool = False) -> Session:
         """A session over ``runtime``, or over the first that is installed. ``threads`` None: the runtime's default.
 
-        ``packed``: map the weights, packed for this machine, from a file in the user's cache, about 2.5 times the
-        artifact's size and made at the first call, instead of packing them into memory; for onnx only.
+        ``packed``: map the weights, packed for this machine, from a file in the user's cache, made at the first call,
+        instead of packing them into memory. For onnx, in about 2.5 times the artifact's size, and for executorch where
+        pocketlm-native is installed, in its size; there one session at a time has it, and others pack into memory.
 
         ExecuTorch's thread count is process-wide. Raises :class:`InputError` for a runtime that the bundle has no
         artifact for, :class:`UnavailableError` for one that isn't installed, :class:`BundleError` for altered files,

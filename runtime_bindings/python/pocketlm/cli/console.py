@@ -42,7 +42,9 @@ Oracle = Annotated[
 ]
 Packed = Annotated[
     bool,
-    typer.Option("--packed", help="Map packed weights from a file, made at the first run: less memory; onnx only."),
+    typer.Option(
+        "--packed", help="Map packed weights from a file, made at the first run: less memory. Not for coreml."
+    ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads of the runtime.")]
 

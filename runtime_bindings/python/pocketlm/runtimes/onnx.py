@@ -12,7 +12,7 @@ from pocketlm.artifact import Artifact
 from pocketlm.errors import PocketLMError, UnavailableError
 from pocketlm.memory import untouched_zeros
 from pocketlm.runtimes.onnx_loading import RUNTIME_ERRORS, load_model
-from pocketlm.runtimes.onnx_packed import packed_copy
+from pocketlm.runtimes.onnx_packed import packed_model
 from pocketlm.session import Session
 
 __all__ = ["OnnxSession", "open_session", "runtime_build"]
@@ -105,7 +105,7 @@ class OnnxSession(Session):
     def _load(self, path: Path) -> onnxruntime.InferenceSession:
         if not self._packed:
             return load_model(path, self._threads)
-        with packed_copy(path, {name: self._files[name] for name in (path.name, DATA_FILE)}) as copy:
+        with packed_model(path, {name: self._files[name] for name in (path.name, DATA_FILE)}) as copy:
             return load_model(copy, self._threads)
 
     def _close(self) -> None:

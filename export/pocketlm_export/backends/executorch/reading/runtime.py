@@ -1,4 +1,4 @@
-"""Programs in memory in ExecuTorch's own runtime, loaded as the session loads them."""
+"""Programs in memory in ExecuTorch's own runtime, the binding that is linked to torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm.errors import BundleError
-from pocketlm.runtimes.executorch import captured_log, load_binding
+from pocketlm.runtimes.executorch_log import captured_log
+from pocketlm.runtimes.executorch_torch import load_binding
 from pocketlm_export.backends.reading import Run, Trace
 
 __all__ = ["LoadedProgram", "run_tokens"]
