@@ -5,7 +5,7 @@ import pytest
 
 from pocketlm_export.backends.coreml.importing import coremltools
 from pocketlm_export.backends.reading import open_reader
-from tests.bundle.vendors import genai_greedy, greedy, text_runner_greedy
+from tests.bundle.vendors import genai_greedy, greedy, text_runner, text_runner_greedy
 
 PROMPTS = ("def read_json(path):\n", "import os\n\nclass Stack:\n    def push(self", "# Returns the largest ")
 STEPS = 40
@@ -82,7 +82,7 @@ def test_the_official_text_runner_generates_our_greedy_tokens(prompt, demo_bundl
     ids = bundle.tokenizer.encode(prompt, add_special_tokens=False)
     with bundle.session("executorch", threads=1) as session:
         expected = greedy(session, ids, STEPS, bundle.stop_ids)
-    written = text_runner_greedy(bundle, prompt, STEPS)
+    written = text_runner_greedy(text_runner(bundle), prompt, STEPS)
     # The runner also hands over the text of the stop token.
     assert written.startswith(bundle.tokenizer.decode(expected, skip_special_tokens=False))
     assert len(expected) > STEPS // 2

@@ -5,14 +5,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pocketlm.errors import BundleError, PocketLMError, UnsupportedError
 from pocketlm.runtimes import executorch_torch
@@ -29,7 +27,7 @@ from pocketlm_export.pipeline import export_bundle
 from pocketlm_export.quantization.schemes import SchemeRow, assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import Weights, quantize
-from tests.tiny_models import BASE, ROWS, Row, write_checkpoint
+from tests.tiny_models import BASE, Row, write_checkpoint
 
 TOKENS = np.random.default_rng(7).integers(5, 320, 140).tolist()
 QUANTIZED = [
@@ -262,73 +260,6 @@ def test_the_cut_graph_keeps_every_node_and_the_table_knows_its_kind(tiny_checkp
     assert {type(node) for node in nodes} <= set(EMITTERS)
     for kind in (Linear, RmsNorm):
         assert sum(isinstance(node, kind) for node in nodes) == sum(isinstance(node, kind) for node in graph)
-
-
-# A row of each model_type; phi3small has a tokenizer of its own, which the tiny one here can't stand in for.
-RUNNER_ROWS = (
-    "llama",
-    "qwen2-window",
-    "qwen3",
-    "smollm3",
-    "mistral-window",
-    "phi",
-    "phi3",
-    "gemma",
-    "gemma2",
-    "gemma3",
-)
-
-
-@pytest.fixture(scope="session")
-def ascii_bundle(tmp_path_factory):
-    """``ascii_bundle(row)``: a model whose every token is ASCII text, for the runner's Python binding can't hand over
-    parts of a character."""
-    folder = tmp_path_factory.mktemp("ascii")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    letters = [chr(code) for code in range(33, 127)] + ["\u0120"]
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=letters, vocab_size=140, show_progress=False
-    )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 4, trainer)
-
-    @cache
-    def make(name: str):
-        row = next(row for row in ROWS if row.name == name)
-        config = {**row.config, "vocab_size": tokenizer.get_vocab_size()}
-        checkpoint = folder / name
-        write_checkpoint(replace(row, name=f"{name} in ascii", config=config), checkpoint)
-        tokenizer.save(str(checkpoint / "tokenizer.json"))
-        options = ExportOptions(targets=("executorch",), store=folder / "store", verify=False)
-        return export_bundle(str(checkpoint), folder / f"{name}.pocketlm", options)
-
-    return make
-
-
-@pytest.mark.parametrize("row", RUNNER_ROWS)
-@pytest.mark.parametrize(("prompt", "calls"), [("the quick brown", 1), ("zyx wvu tsr qpo " * 9, 2)])
-def test_the_official_runner_generates_the_tokens_of_our_session(prompt, calls, row, ascii_bundle):
-    bundle = ascii_bundle(row)
-    with bundle.session("executorch", threads=1) as session:
-        ids = bundle.tokenizer.encode(prompt, add_special_tokens=False)
-        assert calls == -(-len(ids) // bundle.manifest.targets["executorch"].longest_call)
-        expected, logits = [], session.extend(ids)
-        for _ in range(16):
-            expected.append(int(logits[-1].argmax()))
-            if expected[-1] in bundle.stop_ids and len(expected) > 1:  # the runner never stops at the first
-                break
-            logits = session.extend([expected[-1]])
-    executorch_torch.load_binding()  # registers the kernels
-    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
-
-    runner = TextLLMRunner(str(pte(bundle)), str(bundle.folder / "executorch" / "tokenizer.json"))
-    config = GenerationConfig(echo=False, max_new_tokens=16, temperature=0.0)
-    for _ in range(2):  # the second time after a reset
-        pieces: list[str] = []
-        runner.generate(prompt, config, pieces.append)
-        assert "".join(pieces) == bundle.tokenizer.decode(expected, skip_special_tokens=False)
-        runner.reset()
 
 
 @pytest.fixture(scope="session")

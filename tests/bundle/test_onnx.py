@@ -27,14 +27,6 @@ from pocketlm_export.quantization.weights import quantize
 from pocketlm_export.verify.reference import ReferenceSession
 
 MODELS = ("model.onnx", "head.onnx")
-# Of each kind of model that onnxruntime-genai has no own name for here: all go by its generic one.
-GENAI_CASES = [
-    (name, scheme, "int8")
-    for name in (
-        "phi", "phi3", "phi3-window", "gemma", "gemma2", "gemma3", "mixtral", "qwen3-moe-plain-shares",
-    )
-    for scheme in ("fp32", "int8")
-]  # fmt: skip
 PAGE = 4096
 # Name, scheme, head: tied and untied, fused and rotated outside the kernel, heads and columns that must be filled up.
 CASES = [
@@ -164,33 +156,6 @@ def test_two_exports_are_byte_identical(tiny_checkpoint, tmp_path):
     assert names == sorted(path.name for path in (folders[1] / "onnx").iterdir())
     for name in names:
         assert (folders[0] / "onnx" / name).read_bytes() == (folders[1] / "onnx" / name).read_bytes()
-
-
-@pytest.mark.parametrize(("name", "scheme", "head"), [*CASES, *GENAI_CASES])
-def test_onnxruntime_genai_generates_the_sessions_greedy_tokens(name, scheme, head, tiny_bundle):
-    import onnxruntime_genai
-
-    bundle = tiny_bundle(name, scheme, "onnx", head)
-    prompt, length = tokens_of(20), 90
-    model = onnxruntime_genai.Model(str(bundle.folder / "onnx"))
-    parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=length, do_sample=False)
-    generator = onnxruntime_genai.Generator(model, parameters)
-    generator.append_tokens(np.array(prompt, np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    tokens = list(prompt)
-    with bundle.session("onnx", threads=1) as session:
-        logits = session.extend(prompt)
-        while len(tokens) < length and tokens[-1] not in bundle.stop_ids:
-            tokens.append(int(logits[-1].argmax()))
-            logits = session.extend(tokens[-1:])
-    if tokens[-1] in bundle.stop_ids:
-        del tokens[-1]  # its sequence ends before the stop id
-    assert generator.get_sequence(0).tolist() == tokens
-    text = "def add(a, b):\n    return a + b"
-    encoded = onnxruntime_genai.Tokenizer(model).encode(text)
-    assert encoded.tolist() == bundle.tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_genai_config_has_every_stop_id_and_the_stated_sampling(tiny_checkpoint, tmp_path):

@@ -1,9 +1,14 @@
 """The vendors' own runners, unmodified, and what our sessions choose on the same prompt."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from pocketlm.bundle import Bundle
 from pocketlm.session import Session
+
+if TYPE_CHECKING:
+    from executorch.extension.llm.runner import TextLLMRunner
 
 
 def greedy(session: Session, prompt: list[int], steps: int, stop_ids: frozenset[int]) -> list[int]:
@@ -35,14 +40,20 @@ def genai_greedy(bundle: Bundle, prompt: list[int], steps: int) -> list[int]:
     return tokens[:-1] if tokens and tokens[-1] in bundle.stop_ids else tokens
 
 
-def text_runner_greedy(bundle: Bundle, prompt: str, steps: int) -> str:
-    """What ExecuTorch's TextLLMRunner writes after ``prompt``, special tokens' text included."""
+def text_runner(bundle: Bundle) -> "TextLLMRunner":
+    """ExecuTorch's TextLLMRunner on the folder as it is."""
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers the kernels
-    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+    from executorch.extension.llm.runner import TextLLMRunner
     from executorch.kernels import quantized  # noqa: F401
 
     path = bundle.folder / bundle.manifest.targets["executorch"].path
-    runner = TextLLMRunner(str(path), str(bundle.folder / "executorch" / "tokenizer.json"))
+    return TextLLMRunner(str(path), str(bundle.folder / "executorch" / "tokenizer.json"))
+
+
+def text_runner_greedy(runner: "TextLLMRunner", prompt: str, steps: int) -> str:
+    """What ``runner`` writes after ``prompt``, special tokens' text included."""
+    from executorch.extension.llm.runner import GenerationConfig
+
     pieces: list[str] = []
     config = GenerationConfig(echo=False, max_new_tokens=steps, temperature=0.0)
     runner.generate(prompt, config, pieces.append, lambda _stats: None)
