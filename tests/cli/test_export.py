@@ -6,10 +6,15 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from pocketlm.bundle import open_bundle
 from tests.cli.conftest import PROGRAM
+from tests.peft_adapter import write_adapter
 from tests.small_checkpoint import write_small_checkpoint
 
 
@@ -186,7 +191,60 @@ def test_two_exports_to_one_place_leave_one_whole_bundle(environment, checkpoint
     assert sorted(code for _, code in results) == [0, 2], results
     (error,) = [stderr for (_, stderr), code in results if code == 2]
     assert "exists already" in error
-    from pocketlm.bundle import open_bundle
-
     open_bundle(output).check_files()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+ADAPTED = ("--targets", "onnx", "--scheme", "fp32", "--json")
+TARGETS = {"target_modules": ["q_proj", "down_proj"]}
+
+
+def adapter_digest(process: subprocess.CompletedProcess, bundle: Path) -> str | None:
+    assert process.returncode == 0, process.stderr
+    return json.loads((bundle / "manifest.json").read_text())["provenance"].get("adapter_sha256")
+
+
+def test_an_adapter_is_merged_and_named_by_its_hash(pocketlm, checkpoint, tmp_path):
+    merged = write_adapter(checkpoint, tmp_path / "adapter", **TARGETS)
+    export = ("export", checkpoint, *ADAPTED, "-o")
+    output = tmp_path / "adapted"
+    digest = adapter_digest(pocketlm(*export, output, "--adapter", tmp_path / "adapter"), output)
+    tokens = list(range(5, 45))
+    with torch.no_grad():
+        expected = merged(torch.tensor([tokens])).logits[0, -1].numpy()
+    with open_bundle(output).session("onnx", threads=1) as session:
+        found = session.extend(tokens)[-1]
+    assert np.abs(found - expected).max() <= 1e-3 * expected.std()  # as unadapted models agree, tests/architectures
+
+    checked = pocketlm("verify", output, "--reference", checkpoint, "--adapter", tmp_path / "adapter")
+    assert checked.returncode == 0, checked.stderr
+    refused(pocketlm("verify", output, "--reference", checkpoint), "made with an adapter", "--adapter")
+
+    shutil.copytree(tmp_path / "adapter", tmp_path / "moved")
+    write_adapter(checkpoint, tmp_path / "other", **TARGETS, use_rslora=True)
+    arguments = {"again": ("--adapter", tmp_path / "moved"), "other": ("--adapter", tmp_path / "other"), "plain": ()}
+    digests = {
+        name: adapter_digest(pocketlm(*export, tmp_path / f"{name}-bundle", *given), tmp_path / f"{name}-bundle")
+        for name, given in arguments.items()
+    }
+    assert digest is not None and len(digest) == 64
+    assert digests["again"] == digest
+    assert digests["other"] not in (None, digest)
+    assert digests["plain"] is None
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused(pocketlm, checkpoint, tmp_path):
+    larger = write_small_checkpoint(tmp_path / "larger", hidden_size=64)
+    deeper = write_small_checkpoint(tmp_path / "deeper", num_hidden_layers=3)
+    write_adapter(larger, tmp_path / "wider-base", **TARGETS)
+    write_adapter(deeper, tmp_path / "deeper-base", **TARGETS)
+    write_adapter(checkpoint, tmp_path / "dora", **TARGETS, use_dora=True)
+    for name, needles in (
+        ("wider-base", ("adapter_model.safetensors", "lora_A.weight", "[64, 32]", "shape")),
+        ("deeper-base", ("adapter_model.safetensors", "layers.2", "another base")),
+        ("dora", ("adapter_config.json", "'use_dora'", "merge it with PEFT")),
+        ("nowhere", ("nowhere/adapter_config.json", "no such file")),
+    ):
+        output = tmp_path / f"{name}-bundle"
+        refused(pocketlm("export", checkpoint, *ADAPTED, "-o", output, "--adapter", tmp_path / name), *needles)
+        assert not output.exists()

@@ -24,26 +24,11 @@ from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import quantize
 from pocketlm_export.selection import RowSelection
 from pocketlm_export.verify.reference import ReferenceSession
+from tests.peft_adapter import write_adapter
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TOKENS = list(range(5, 45))
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def write_adapter(base: Path, folder: Path, dtype: str = "float32", **options: Any) -> torch.nn.Module:
-    """Write an adapter of ``base`` with PEFT, every factor random; returns the merged model in float32."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, **options}))
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_((0.1 * torch.randn_like(parameter)).to(getattr(torch, dtype)))
-    adapted.save_pretrained(folder)
-    return adapted.merge_and_unload().eval()
 
 
 def reference_logits(base: Path, adapter: Path, store: Path) -> np.ndarray:
