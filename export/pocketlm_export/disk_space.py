@@ -44,7 +44,7 @@ Rows = Mapping[str, SchemeRow | None]
 class Format:
     """What a target's files take: ``value`` and ``scale`` are bytes of a number, ``int8_block`` the columns that share
     a scale of int8 (None: the row). ``program``, ``attention``, ``linear``, ``norm`` and ``bias`` bound the program's
-    text: of all, and of each node of that type with what belongs to it.
+    text: of all, and of each node of that type with what belongs to it; ``experts`` of a mixture, ``expert`` of each.
     """
 
     value: int
@@ -57,11 +57,14 @@ class Format:
     norm: int
     bias: int
     experts: int = 0
+    expert: int = 0
 
 
 FORMATS = {
     "onnx": Format(4, 4, 4, 32, program=4 << 10, attention=4600, linear=500, norm=600, bias=300, experts=5000),
-    "executorch": Format(4, 2, 4, None, program=16 << 10, attention=4000, linear=900, norm=900, bias=300),
+    "executorch": Format(
+        4, 2, 4, None, program=16 << 10, attention=4000, linear=900, norm=900, bias=300, experts=3000, expert=4000
+    ),
     "coreml": Format(2, 2, 2, None, program=36 << 10, attention=47000, linear=1600, norm=8000, bias=700, experts=14000),
 }
 MASK_ROWS = 128  # executorch's longest call: a mask has so many rows over twice the context
@@ -143,9 +146,9 @@ def _artifact_bytes(target: str, graph: Graph, rows: Rows) -> int:
                 program += form.norm
                 regions += [form.value * vector.shape[0] for vector in weights_of(node)]
             case MixtureOfExperts():
-                program += form.experts
+                program += form.experts + form.expert * len(node.gates)
                 regions.append(form.value * math.prod(node.router.shape))
-                for stacked in (node.gates + node.ups, node.downs):
+                for stacked in _expert_matrices(target, node):
                     regions += _matrix(form, stacked, rows)
             case Attention():
                 program += form.attention
@@ -158,6 +161,14 @@ def _artifact_bytes(target: str, graph: Graph, rows: Rows) -> int:
             case _:
                 pass
     return program + sum(_placed(target, region) for region in regions)
+
+
+def _expert_matrices(target: str, node: MixtureOfExperts) -> list[tuple[WeightInfo, ...]]:
+    """What lies together: the matrices of all experts, or, in executorch, of each by itself."""
+    if target != "executorch":
+        return [node.gates + node.ups, node.downs]
+    pairs = zip(node.gates, node.ups, strict=True)
+    return [*pairs, *((down,) for down in node.downs)]
 
 
 def _matrix(form: Format, weights: Sequence[WeightInfo], rows: Rows) -> Iterator[int]:

@@ -12,6 +12,7 @@ from pocketlm_export.backends.executorch.emission import Emission
 from pocketlm_export.backends.executorch.importing import CONSTANT_ALIGNMENT, program_to_flatbuffer, schema
 from pocketlm_export.backends.executorch.layout import PAGE, Layout, align, place
 from pocketlm_export.backends.executorch.packing import Piece
+from pocketlm_export.backends.executorch.xnnpack import number_key
 
 __all__ = ["write_pte"]
 
@@ -25,7 +26,8 @@ def write_pte(path: Path, emission: Emission, facts: Sequence[schema.ExecutionPl
     Keys are hashes of content that is made only while it is written, so graphs and program are written last: a key is
     as long as its placeholder and nothing moves.
     """
-    payloads = [graph.to_bytes() for graph in emission.method.delegates]
+    graphs, alike = list(emission.method.delegates), dict[str, bytes]()
+    payloads = [graph.to_bytes(alike) for graph in graphs]
     layout = place(emission.method.constants, [len(payload) for payload in payloads], emission.named)
     program = _program(emission, layout, facts)
     base = align(len(program), PAGE)
@@ -43,12 +45,12 @@ def write_pte(path: Path, emission: Emission, facts: Sequence[schema.ExecutionPl
                 raise AssertionError(f"{file.tell() - base - offset} bytes where {piece.size} were planned")
             digests[piece] = digest.digest()
         keys = {constant.placeholder: constant.key(digests) for constant in emission.named}
-        written = {placeholder.encode(): key.encode() for placeholder, key in keys.items()}
-        for payload, segment in zip(payloads, layout.delegate_segments, strict=True):
+        for graph, payload, segment in zip(graphs, payloads, layout.delegate_segments, strict=True):
+            own = {number_key(number): keys[item.placeholder] for number, item in enumerate(graph.constants)}
             file.seek(base + layout.segments[segment].offset)
-            file.write(_replaced(payload, written))
+            file.write(_replaced(payload, own))
         file.seek(0)
-        file.write(_replaced(program, written))
+        file.write(_replaced(program, keys))
     return keys
 
 
@@ -75,6 +77,6 @@ def _with_header(flatbuffer: bytes, alignment: int, segment_bytes: int) -> bytes
     return root.to_bytes(4, "little") + flatbuffer[4:8] + header.ljust(width, b"\0") + flatbuffer[8:]
 
 
-def _replaced(content: bytes, keys: Mapping[bytes, bytes]) -> bytes:
-    """Placeholders are the only strings of 64 hexadecimal digits; a string lies between zeros."""
-    return DIGEST.sub(lambda found: keys.get(found[0], found[0]), content)
+def _replaced(content: bytes, keys: Mapping[str, str]) -> bytes:
+    """What stands for keys are the only strings of 64 hexadecimal digits; a string lies between zeros."""
+    return DIGEST.sub(lambda found: keys[found[0].decode()].encode(), content)

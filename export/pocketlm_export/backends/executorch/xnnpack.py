@@ -12,7 +12,7 @@ from pocketlm_export.backends.executorch.importing import serialize_xnnpack_bina
 from pocketlm_export.backends.executorch.importing import xnnpack_schema as schema
 from pocketlm_export.backends.executorch.layout import NamedConstant
 
-__all__ = ["XnnpackGraph"]
+__all__ = ["XnnpackGraph", "number_key"]
 
 NONE = 2**32 - 1
 NAMED = 2**64 - 1  # the offset of a constant that is found by its key
@@ -29,6 +29,11 @@ class _Value:
     flags: int = 0
     constant: int = 0
     quantization: schema.XNNQuantParams | None = None
+
+
+def number_key(number: int) -> str:
+    """What stands for the key of a graph's constant ``number`` until the key is known, of the same length."""
+    return f"{number:064x}"
 
 
 class XnnpackGraph:
@@ -145,8 +150,17 @@ class XnnpackGraph:
         )  # fmt: skip
         return made
 
-    def to_bytes(self) -> bytes:
-        """The delegate's payload, constants by placeholders. Its arguments: inputs, then outputs, as they were made."""
+    @property
+    def constants(self) -> list[NamedConstant]:
+        """What the delegate finds by keys, in the order of their :func:`number_key`."""
+        return self._constants
+
+    def to_bytes(self, alike: dict[str, bytes]) -> bytes:
+        """The delegate's payload, with :func:`number_key` of each constant in the place of its key. Its arguments:
+        inputs, then outputs, as they were made.
+
+        Serializing takes 20 ms, and thousands of experts differ in their keys alone: ``alike`` keeps what was made.
+        """
         inputs = [i for i, value in enumerate(self._values) if value.flags == EXTERNAL_INPUT]
         outputs = [i for i, value in enumerate(self._values) if value.flags == EXTERNAL_OUTPUT]
         external = {value: index for index, value in enumerate([*inputs, *outputs])}
@@ -162,13 +176,18 @@ class XnnpackGraph:
                 schema.XValue(tensor if quantization is None else schema.XNNQuantizedTensorValue(tensor, quantization))
             )
         constants = [schema.ConstantDataOffset(offset=0, size=0)]
-        constants += [schema.ConstantDataOffset(NAMED, item.piece.size, item.placeholder) for item in self._constants]
+        constants += [
+            schema.ConstantDataOffset(NAMED, item.piece.size, number_key(number))
+            for number, item in enumerate(self._constants)
+        ]
         graph = schema.XNNGraph(
             version="0", xnodes=self._nodes, xvalues=values, num_externs=len(external), input_ids=inputs,
             output_ids=outputs, constant_data=constants,
         )  # fmt: skip
-        payload: bytes = serialize_xnnpack_binary(graph, bytearray())
-        return payload
+        description = repr(graph)
+        if description not in alike:
+            alike[description] = bytes(serialize_xnnpack_binary(graph, bytearray()))
+        return alike[description]
 
     def _add(self, value: _Value) -> int:
         self._values.append(value)
