@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from pocketlm.certificate import Certificate
 from pocketlm.manifest import Manifest
+from pocketlm.recording import AnyLine
 from pocketlm.results import AnyResult
 
 FOLDER = Path(__file__).parent
@@ -15,6 +16,7 @@ SCHEMAS: dict[str, tuple[str, TypeAdapter[Any]]] = {
     "manifest": ("manifest.json of a PocketLM bundle, format 1", TypeAdapter(Manifest)),
     "certificate": ("certificate.json of a PocketLM bundle, format 1", TypeAdapter(Certificate)),
     "result": ("what pocketlm bench --json and pocketlm replay --json write, format 1", TypeAdapter(AnyResult)),
+    "session": ("a line of what pocketlm run --record writes, format 1", TypeAdapter(AnyLine)),
 }
 
 

@@ -31,7 +31,7 @@ def schema() -> dict:
     return json.loads((FOLDER / "manifest.schema.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["manifest", "certificate", "result"])
+@pytest.mark.parametrize("name", ["manifest", "certificate", "result", "session"])
 def test_the_committed_schemas_are_the_types(name):
     committed = (FOLDER / f"{name}.schema.json").read_text(encoding="utf-8")
     assert committed == runpy.run_path(str(FOLDER / "generate.py"))["render"](name)

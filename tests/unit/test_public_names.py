@@ -22,7 +22,7 @@ HEAVY = {
 }
 
 PUBLIC = {
-    "open", "export", "verify", "generate", "chat", "Bundle", "Certificate", "Session", "Piece",
+    "open", "export", "verify", "generate", "chat", "replay", "Bundle", "Certificate", "Session", "Piece",
     "PocketLMError", "InputError", "CheckpointError", "BundleError", "UnsupportedError", "TemplateError",
     "ContextLengthError", "CheckError", "UnavailableError",
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from pocketlm.errors import InputError, UnsupportedError
-from pocketlm.generate import Piece, bundle_of, stream
+from pocketlm.generate import Observer, Piece, bundle_of, stream
 from pocketlm.sampling import Sampling
 from pocketlm.session import Session, TextBundle
 
@@ -22,6 +22,7 @@ def chat(
     repetition_penalty: float | None = None,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    observer: Observer | None = None,
     **template_arguments: object,
 ) -> Iterator[Piece]:
     """The model's answer to ``messages``, as :func:`pocketlm.generate` gives it.
@@ -46,7 +47,15 @@ def chat(
         seed=seed,
     )
     prompt = bundle.tokenizer.encode(text, add_special_tokens=False)
-    return stream(session_or_bundle, prompt, sampling, max_new_tokens=max_new_tokens, stop=stop, continues_prompt=False)
+    return stream(
+        session_or_bundle,
+        prompt,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        continues_prompt=False,
+        observer=observer,
+    )
 
 
 def _check_messages(messages: Sequence[Mapping[str, object]]) -> None:

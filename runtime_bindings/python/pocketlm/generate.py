@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from pocketlm.detokenize import Detokenizer
 from pocketlm.errors import ContextLengthError, InputError, PocketLMError
@@ -14,7 +15,7 @@ from pocketlm.session import Session, TextBundle
 from pocketlm.stop import StopStrings
 from pocketlm.tokenizer import Tokenizer
 
-__all__ = ["FinishReason", "Piece", "generate"]
+__all__ = ["FinishReason", "Observer", "Piece", "generate"]
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -30,6 +31,19 @@ class Piece:
     """Of the last piece: ``stop`` (a stop id or stop string), ``length`` (``max_new_tokens``) or ``context`` (full)."""
 
 
+class Observer:
+    """Sees a generation while it runs. This one looks away; a subclass overrides what it wants to see."""
+
+    def begin(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Before the first token: the whole prompt, and how tokens are chosen."""
+
+    def step(self, logits: npt.NDArray[np.float32], token: int) -> None:
+        """After each token: float32 ``[vocabulary]`` logits as the model gave them, and what was chosen."""
+
+    def end(self, reason: FinishReason) -> None:
+        """After the last token; not if the generation was broken off."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A validated generation."""
@@ -41,6 +55,7 @@ class Request:
     max_new_tokens: int | None
     continues_prompt: bool
     """Whether the text continues the prompt's (a completion), or stands alone (an answer in a chat)."""
+    observer: Observer
 
 
 def generate(
@@ -55,6 +70,7 @@ def generate(
     repetition_penalty: float | None = None,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    observer: Observer | None = None,
 ) -> Iterator[Piece]:
     """Continue ``prompt``, a text or token ids, without a template; a piece per token.
 
@@ -62,6 +78,7 @@ def generate(
     session of its own that is closed in the end. Sampling that is None comes from the model's generation_config.json
     (:meth:`Sampling.resolve`); without ``max_new_tokens`` it goes on to a stop or the end of the context. A stop id or
     stop string is not part of the text. Closing the iterator, or Ctrl-C, leaves the session usable at its ``position``.
+    ``observer`` sees every step's logits, as :class:`pocketlm.recorder.Recorder` does.
 
     Raises :class:`InputError` for bad options, :class:`ContextLengthError` if the prompt doesn't fit.
     """
@@ -79,7 +96,15 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    return stream(session_or_bundle, tokens, sampling, max_new_tokens=max_new_tokens, stop=stop, continues_prompt=True)
+    return stream(
+        session_or_bundle,
+        tokens,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        continues_prompt=True,
+        observer=observer,
+    )
 
 
 def bundle_of(session_or_bundle: Session | TextBundle) -> TextBundle:
@@ -101,6 +126,7 @@ def stream(
     max_new_tokens: int | None,
     stop: str | Sequence[str],
     continues_prompt: bool,
+    observer: Observer | None,
 ) -> Iterator[Piece]:
     """The pieces that follow the prompt's tokens; what is wrong with the request is raised here, before the first."""
     if not prompt:
@@ -110,7 +136,9 @@ def stream(
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     StopStrings(strings)
     bundle = bundle_of(session_or_bundle)
-    request = Request(prompt, sampling, bundle.stop_ids, strings, max_new_tokens, continues_prompt)
+    request = Request(
+        prompt, sampling, bundle.stop_ids, strings, max_new_tokens, continues_prompt, observer or Observer()
+    )
     if isinstance(session_or_bundle, Session):
         _refuse_long(session_or_bundle, prompt)
     return _stream(session_or_bundle, bundle.tokenizer, request)
@@ -127,10 +155,12 @@ def _pieces(session: Session, tokenizer: Tokenizer, request: Request) -> Iterato
     detokenizer = Detokenizer(tokenizer, context=request.prompt if request.continues_prompt else ())
     strings = StopStrings(request.stop)
     history = list(request.prompt)
+    request.observer.begin(request.prompt, request.sampling)
     logits = _prefill(session, request.prompt)
     while True:
         token = sampler.sample(logits, history)
         history.append(token)
+        request.observer.step(logits, token)
         text = "" if token in request.stop_ids else strings.feed(detokenizer.push(token))
         reason: FinishReason | None = None
         if token in request.stop_ids or strings.matched is not None:
@@ -140,6 +170,7 @@ def _pieces(session: Session, tokenizer: Tokenizer, request: Request) -> Iterato
         elif session.position == session.context_length:
             reason = "context"
         if reason is not None:
+            request.observer.end(reason)
             text += strings.feed(detokenizer.finish()) + strings.finish()
             yield Piece(text, token, reason)
             return

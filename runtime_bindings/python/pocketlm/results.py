@@ -20,6 +20,7 @@ __all__ = [
     "BenchRun",
     "BenchSettings",
     "DeviceRecord",
+    "Divergence",
     "Energy",
     "Figure",
     "Figures",
@@ -28,13 +29,18 @@ __all__ = [
     "OperatorTime",
     "Peak",
     "Profile",
+    "ReplayLimits",
+    "ReplayResult",
+    "ReplayRun",
     "Resident",
     "Result",
     "Run",
     "RuntimeRecord",
     "Sample",
+    "SessionRecord",
     "SubjectBundle",
     "Top1",
+    "Unavailable",
     "read_result",
 ]
 
@@ -210,8 +216,8 @@ class Instructions(Closed):
 
 
 class Top1(Closed):
-    """The share of ``positions`` at which the runtime's most likely token is the golden replay's, whose tokens it is
-    fed; null for a ``reason``."""
+    """The share of ``positions`` at which the runtime's most likely token is the recorded one, where it is fed the
+    recorded tokens: those of the golden replay in a bench; null for a ``reason``."""
 
     agreement: Share | None
     positions: Count
@@ -222,6 +228,13 @@ class Top1(Closed):
         if (self.agreement is None) == (self.reason is None):
             raise ValueError("needs either an agreement or the reason why there is none")
         return self
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        if self.agreement is None:
+            return f"first choices: not compared: {self.reason}"
+        return f"first choices: {self.agreement:.1%} of {self.positions} are the golden replay's"
 
 
 class OperatorTime(Closed):
@@ -300,8 +313,78 @@ class BenchResult(Result):
     runs: Annotated[list[BenchRun], Field(min_length=1)]
 
 
-AnyResult = BenchResult
-KINDS: Mapping[str, type[AnyResult]] = {"bench": BenchResult}
+class SessionRecord(Closed):
+    """What was replayed. ``recorded_by``: null for the golden session, which is the float64 reference's."""
+
+    name: str
+    recorded_by: RuntimeRecord | None
+    sequences: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1)]
+
+
+class Divergence(Closed):
+    """A step whose most likely token, ``chosen``, is not the ``recorded`` one; sequences and steps count from 1.
+
+    ``margin``: at least how far the recorded logits have ``chosen`` below ``recorded``, over their deviation. ``wide``:
+    more than noise explains; else it is a near tie.
+    """
+
+    sequence: Annotated[int, Field(ge=1)]
+    step: Annotated[int, Field(ge=1)]
+    recorded: Count
+    chosen: Count
+    margin: NotNegative
+    wide: bool
+
+
+class ReplayLimits(Closed):
+    """The widest ``margin`` of a near tie, over the deviation; the largest ``mean_kl`` in nats, null: not judged.
+    ``certified``: from the certificate of the bundle; else nobody has measured how large noise is."""
+
+    margin: NotNegative
+    mean_kl: NotNegative | None
+    certified: bool
+
+
+class ReplayRun(Run):
+    """One runtime on one device, fed the recorded tokens. ``mean_kl``: over the steps, in nats; null if no distribution
+    was recorded, or one is not finite. ``failures``: why it did not pass; ``notes``: what was not judged, and why."""
+
+    top1: Top1
+    first_divergence: Divergence | None
+    widest_divergence: Divergence | None
+    mean_kl: NotNegative | None
+    limits: ReplayLimits
+    passed: bool
+    failures: list[str]
+    notes: list[str]
+
+    @model_validator(mode="after")
+    def _passes_without_failures(self) -> Self:
+        if self.passed == bool(self.failures):
+            raise ValueError("a run passes if, and only if, nothing failed")
+        return self
+
+
+class Unavailable(Closed):
+    """What could not be replayed, and why; ``runtime`` null: the device is not there at all."""
+
+    address: str
+    runtime: TargetName | None
+    reason: str
+
+
+class ReplayResult(Result):
+    """What ``pocketlm replay --json`` writes."""
+
+    kind: Literal["replay"]
+    session: SessionRecord
+    runs: list[ReplayRun]
+    unavailable: list[Unavailable]
+
+
+AnyResult = BenchResult | ReplayResult
+KINDS: Mapping[str, type[AnyResult]] = {"bench": BenchResult, "replay": ReplayResult}
 
 
 def read_result(path: Path) -> AnyResult:

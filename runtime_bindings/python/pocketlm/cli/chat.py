@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketlm.cli.console import Debug, Interrupted, Packed, Runtime, Threads, note, reported
+from pocketlm.cli.recording import Record, recorded, recorded_seed
 from pocketlm.cli.run import describe_session
 from pocketlm.cli.sampling_options import MaxNewTokens, MinP, RepetitionPenalty, Seed, Temperature, TopK, TopP
 from pocketlm.errors import ContextLengthError, UnsupportedError
@@ -34,6 +35,7 @@ def chat(
     seed: Seed = None,
     threads: Threads = None,
     packed: Packed = False,
+    record: Record = None,
     debug: Debug = False,
 ) -> None:
     """Talk to the model. /exit or Ctrl-D ends it, /reset starts anew, Ctrl-C stops an answer."""
@@ -43,16 +45,20 @@ def chat(
         opened = pocketlm.open(bundle)
         if opened.chat_template is None:
             raise UnsupportedError(f"{bundle}: this model has no chat template: use pocketlm run")
-        sampling = {
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-            "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
-        }  # fmt: skip
-        with opened.session(runtime, threads=threads, packed=packed) as session:
+        with (
+            opened.session(runtime, threads=threads, packed=packed) as session,
+            recorded(record, opened, session) as observer,
+        ):
+            options = {
+                "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+                "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": recorded_seed(seed, record),
+                "observer": observer,
+            }  # fmt: skip
             note(f"runtime: {describe_session(session)}; /exit or Ctrl-D ends, /reset starts anew")
-            _converse(session, [] if system is None else [{"role": "system", "content": system}], sampling)
+            _converse(session, [] if system is None else [{"role": "system", "content": system}], options)
 
 
-def _converse(session: "Session", opening: list[dict[str, str]], sampling: Mapping[str, Any]) -> None:
+def _converse(session: "Session", opening: list[dict[str, str]], options: Mapping[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -72,7 +78,7 @@ def _converse(session: "Session", opening: list[dict[str, str]], sampling: Mappi
                 continue
         messages.append({"role": "user", "content": line})
         try:
-            answer = _answer(session, messages, sampling)
+            answer = _answer(session, messages, options)
         except ContextLengthError as error:
             note(f"error: {error}; /reset starts anew")
             messages.pop()
@@ -80,11 +86,11 @@ def _converse(session: "Session", opening: list[dict[str, str]], sampling: Mappi
         messages.append({"role": "assistant", "content": answer})
 
 
-def _answer(session: "Session", messages: list[dict[str, str]], sampling: Mapping[str, Any]) -> str:
+def _answer(session: "Session", messages: list[dict[str, str]], options: Mapping[str, Any]) -> str:
     import pocketlm
 
     texts: list[str] = []
-    pieces = pocketlm.chat(session, messages, **sampling)
+    pieces = pocketlm.chat(session, messages, **options)
     try:
         for piece in pieces:
             texts.append(piece.text)

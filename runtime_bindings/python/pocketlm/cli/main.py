@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import pocketlm
-from pocketlm.cli import bench, chat, export, inspect, run, store, verify
+from pocketlm.cli import bench, chat, export, inspect, replay, run, store, verify
 from pocketlm.cli.console import Interrupted, note
 
 __all__ = ["app", "main"]
@@ -29,6 +29,7 @@ app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
 app.command("inspect", epilog=inspect.EXAMPLE)(inspect.inspect)
 app.command("run", epilog=run.EXAMPLE)(run.run)
 app.command("chat", epilog=chat.EXAMPLE)(chat.chat)
+app.command("replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command("bench", epilog=bench.EXAMPLE)(bench.bench)
 app.command("store", epilog=store.EXAMPLE)(store.store)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketlm.cli.console import Debug, Json, Packed, Runtime, Threads, note, print_json, reported
+from pocketlm.cli.recording import Record, recorded, recorded_seed
 from pocketlm.cli.sampling_options import MaxNewTokens, MinP, RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP
 from pocketlm.errors import InputError
 
@@ -41,6 +42,7 @@ def run(
     ] = False,
     threads: Threads = None,
     packed: Packed = False,
+    record: Record = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -55,19 +57,23 @@ def run(
             raise InputError("--system needs the chat template: " + ("drop --raw" if raw else "this model has none"))
         if not raw and not templated:
             note("this model has no chat template: the prompt is continued as it is")
-        with opened.session(runtime, threads=threads, packed=packed) as session:
+        with (
+            opened.session(runtime, threads=threads, packed=packed) as session,
+            recorded(record, opened, session) as observer,
+        ):
             note(f"runtime: {describe_session(session)}")
-            sampling: dict[str, Any] = {
+            options: dict[str, Any] = {
                 "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-                "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or (),
+                "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": recorded_seed(seed, record),
+                "stop": stop or (), "observer": observer,
             }  # fmt: skip
             if templated:
                 messages = [{"role": "user", "content": text}]
                 if system is not None:
                     messages.insert(0, {"role": "system", "content": system})
-                pieces = pocketlm.chat(session, messages, **sampling)
+                pieces = pocketlm.chat(session, messages, **options)
             else:
-                pieces = pocketlm.generate(session, text, **sampling)
+                pieces = pocketlm.generate(session, text, **options)
             if json:
                 _print_document(session, pieces)
             else:

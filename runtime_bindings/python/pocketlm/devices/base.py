@@ -1,7 +1,7 @@
 """The contract of a device: it tells facts, takes an artifact, does a job under a time limit, and is left clean."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +56,10 @@ class Device(ABC):
     def facts(self) -> Facts:
         """What the device is, and in which state, now: model, system, battery, temperatures. What it doesn't tell is
         None, never 0."""
+
+    def runtimes(self) -> Sequence[str]:
+        """Those that it runs unless others are asked for, in the order of preference."""
+        return ("executorch", "onnx")
 
     def check_ready(self, *, cool_down: float = 0.0) -> None:  # noqa: B027  most devices always are
         """Wait up to ``cool_down`` seconds until its speed means something; raise :class:`UnavailableError` if not."""

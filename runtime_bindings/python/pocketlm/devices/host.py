@@ -1,14 +1,16 @@
 """This machine: the agent runs in this Python, on the bundle's own files."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pocketlm.agent import PROFILE_FILE
 from pocketlm.artifact import Artifact
+from pocketlm.bundle import RUNTIMES
 from pocketlm.devices.answer import read_answer
 from pocketlm.devices.base import Device, Facts, Found, Outcome
 from pocketlm.errors import InputError, UnavailableError
@@ -23,6 +25,10 @@ class Host(Device):
 
     def facts(self) -> Facts:
         return machine_facts()
+
+    def runtimes(self) -> Sequence[str]:
+        """Those that are installed; not the reference interpreter, which nobody deploys."""
+        return [name for name in super().runtimes() if importlib.util.find_spec(RUNTIMES[name]) is not None]
 
     def place(self, artifact: Artifact) -> Artifact:
         return artifact

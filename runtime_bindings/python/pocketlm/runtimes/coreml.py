@@ -4,6 +4,8 @@ It rounds to fp16 after every operator, as the package declares, and is neither 
 the package says, its speed means nothing.
 """
 
+import importlib.metadata
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,7 +13,7 @@ from pocketlm.artifact import Artifact
 from pocketlm.runtimes.coreml_interpreter import Interpreter, PrecisionName
 from pocketlm.session import Session
 
-__all__ = ["CoreMLSession", "function_of", "open_session"]
+__all__ = ["CoreMLSession", "function_of", "open_session", "runtime_build"]
 
 
 def function_of(tokens: int, rows: int) -> str:
@@ -50,3 +52,8 @@ class CoreMLSession(Session):
 def open_session(artifact: Artifact, threads: int | None) -> CoreMLSession:  # noqa: ARG001
     """A fresh session over the package; every process has the reference interpreter, a Mac too."""
     return CoreMLSession(artifact)
+
+
+def runtime_build() -> tuple[str, str]:
+    """The version of coremltools, whose messages it reads, and what computes in Core ML's place."""
+    return importlib.metadata.version("coremltools"), "reference interpreter, float16 rounding"

@@ -1,0 +1,84 @@
+"""What an agent says of a replay, checked: it comes from a device."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pocketlm.devices.base import Outcome
+from pocketlm.errors import UnavailableError
+from pocketlm.replay_expectation import ExpectedSequence
+from pocketlm.results import RuntimeRecord
+
+__all__ = ["ReplayedStep", "read_replay", "read_runtime"]
+
+
+class _Line(BaseModel):
+    """What an agent of a newer minor version adds is not looked at."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+
+class ReplayedStep(_Line):
+    """``choice``: the most likely token; ``values``: the logits that were asked for; ``log_sum``: the logarithm of the
+    sum of the exponentials of all. None: not finite."""
+
+    choice: Annotated[int, Field(ge=0)]
+    choice_logit: float | None
+    values: list[float | None]
+    log_sum: float | None
+
+    @property
+    def numbers(self) -> tuple[list[float], float] | None:
+        """``values`` and ``log_sum``; None if the step has anything that isn't finite."""
+        values = [value for value in self.values if value is not None]
+        if self.log_sum is None or self.choice_logit is None or len(values) < len(self.values):
+            return None
+        return values, self.log_sum
+
+
+class _SequenceLine(_Line):
+    kind: Literal["sequence"]
+    index: int
+    steps: list[ReplayedStep]
+
+
+class _BeginLine(_Line):
+    kind: Literal["begin"]
+    runtime_version: str
+    runtime_build: str
+
+
+LineType = TypeVar("LineType", bound=_Line)
+
+
+def read_runtime(device: str, runtime: str, outcome: Outcome) -> RuntimeRecord:
+    """The runtime that the agent on ``device`` loaded. Raises :class:`UnavailableError` if it doesn't say."""
+    line = _checked(device, _BeginLine, outcome.lines[0])
+    return RuntimeRecord(name=runtime, version=line.runtime_version, build=line.runtime_build)
+
+
+def read_replay(device: str, expected: Sequence[ExpectedSequence], outcome: Outcome) -> list[list[ReplayedStep]]:
+    """The steps of each sequence, as many as were asked for.
+
+    Raises :class:`UnavailableError` naming ``device`` for anything else.
+    """
+    lines = [_checked(device, _SequenceLine, line) for line in outcome.of_kind("sequence")]
+    if [line.index for line in lines] != list(range(len(expected))):
+        raise UnavailableError(
+            f"{device}: the agent answered {len(lines)} sequences of {len(expected)}, or in disorder"
+        )
+    for line, sequence in zip(lines, expected, strict=True):
+        asked = [len(step.ids) for step in sequence.steps]
+        if [len(step.values) for step in line.steps] != asked:
+            raise UnavailableError(f"{device}: the answer of sequence {line.index + 1} is not to what was asked")
+    return [line.steps for line in lines]
+
+
+def _checked(device: str, kind: type[LineType], line: Mapping[str, Any]) -> LineType:
+    try:
+        return kind.model_validate(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UnavailableError(f"{device}: the agent's answer is malformed: '{key}': {first['msg']}") from error
