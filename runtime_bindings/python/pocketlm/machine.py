@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["circumstances", "machine_facts", "processor_seconds"]
+__all__ = ["FEATURES", "circumstances", "command_line", "machine_facts", "processor_seconds"]
 
 # What decides which kernels the runtimes choose.
 FEATURES = (
@@ -51,14 +51,19 @@ def processor_seconds() -> float | None:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def command_line() -> str:
+    """What this process was started with, as one would type it."""
+    started = sys.orig_argv[1:] or [""]
+    words = ["python", *started] if started[0] == "-m" else [Path(started[0]).name, *started[1:]]
+    return shlex.join(words)
+
+
 def circumstances() -> dict[str, Any]:
     """What a document of measurements begins with: ``date`` in UTC, the ``command`` that this process is, ``machine``,
     ``load_average`` (of one minute, other work included) and the version of ``pocketlm``."""
-    started = sys.orig_argv[1:] or [""]
-    words = ["python", *started] if started[0] == "-m" else [Path(started[0]).name, *started[1:]]
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(words),
+        "command": command_line(),
         "machine": machine_facts(),
         "load_average": os.getloadavg()[0],
         "pocketlm": importlib.metadata.version("pocketlm"),
