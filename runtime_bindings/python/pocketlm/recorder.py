@@ -31,8 +31,7 @@ class _Generation:
     def __init__(self, prompt: Sequence[int], sampling: Sampling) -> None:
         self.prompt = list(prompt)
         self.sampling = sampling
-        self.tokens: list[int] = []
-        self.steps: list[LogitSummary] = []
+        self.steps: list[tuple[int, LogitSummary]] = []  # the token, and the logits that it was chosen from
         self.finish_reason: FinishReason | None = None
 
 
@@ -59,8 +58,7 @@ class Recorder(Observer):
         summary = summarize(logits, TOP)
         if not all(map(math.isfinite, (summary.deviation, summary.log_sum))):
             raise PocketLMError("the model's logits hold NaN or infinity: such a step can't be recorded")
-        self._generations[-1].steps.append(summary)
-        self._generations[-1].tokens.append(token)
+        self._generations[-1].steps.append((token, summary))  # one call: Ctrl-C comes before or after it
 
     def end(self, reason: FinishReason) -> None:
         self._generations[-1].finish_reason = reason
@@ -94,11 +92,11 @@ class Recorder(Observer):
             kind="sequence",
             prompt=self._bundle.tokenizer.decode(generation.prompt, skip_special_tokens=False),
             prompt_ids=generation.prompt,
-            tokens=generation.tokens,
+            tokens=[token for token, _ in generation.steps],
             finish_reason=generation.finish_reason,
             sampling=RecordedSampling(**asdict(generation.sampling)),
         )
-        return sequence, [_step_line(step) for step in generation.steps]
+        return sequence, [_step_line(summary) for _, summary in generation.steps]
 
 
 def _step_line(step: LogitSummary) -> StepLine:

@@ -16,7 +16,7 @@ __all__ = ["ReplayedStep", "read_replay", "read_runtime"]
 class _Line(BaseModel):
     """What an agent of a newer minor version adds is not looked at."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ReplayedStep(_Line):

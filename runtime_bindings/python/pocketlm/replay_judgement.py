@@ -30,27 +30,40 @@ class Judgement:
     notes: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One step as it was recorded and as it was replayed; ``deviation``: of its sequence."""
+
+    sequence: int
+    number: int
+    recorded: ExpectedStep
+    replayed: ReplayedStep
+    deviation: float
+
+    @property
+    def place(self) -> str:
+        return f"sequence {self.sequence}, step {self.number}"
+
+
 def judge(
     expected: Sequence[ExpectedSequence], replayed: Sequence[Sequence[ReplayedStep]], limits: ReplayLimits
 ) -> Judgement:
     """Judge every step, those behind a divergence too: the recorded tokens were fed, whatever was chosen."""
-    pairs = list(_pairs(expected, replayed))
-    divergences = [
-        _divergence(place, step, answer, deviation, limits)
-        for place, step, answer, deviation in pairs
-        if answer.choice != step.choice
-    ]
-    mean_kl, failures, notes = _judge_logits(pairs, limits)
-    wide = next((divergence for divergence in divergences if divergence.wide), None)
-    if wide is not None:
-        failures.insert(
-            0,
-            f"sequence {wide.sequence}, step {wide.step}: margin {wide.margin:.3g} of the deviation is wide: "
-            f"a near tie has at most {limits.margin:.3g}",
-        )
+    steps = list(_steps(expected, replayed))
+    apart = [(step, _divergence(step, limits)) for step in steps if step.replayed.choice != step.recorded.choice]
+    divergences = [divergence for _, divergence in apart]
+    mean_kl, failures, notes = _judge_distributions(steps, limits)
+    for step, divergence in apart:
+        if divergence.wide:
+            failures.insert(
+                0,
+                f"{step.place}: margin {divergence.margin:.3g} of the deviation is wide: "
+                f"a near tie has at most {limits.margin:.3g}",
+            )
+            break
     return Judgement(
-        steps=len(pairs),
-        agreeing=len(pairs) - len(divergences),
+        steps=len(steps),
+        agreeing=len(steps) - len(divergences),
         first_divergence=divergences[0] if divergences else None,
         widest_divergence=max(divergences, key=lambda divergence: divergence.margin, default=None),
         mean_kl=mean_kl,
@@ -59,45 +72,38 @@ def judge(
     )
 
 
-_Place = tuple[int, int]  # sequence and step, from 1 on
-_Pair = tuple[_Place, ExpectedStep, ReplayedStep, float]
-
-
-def _pairs(expected: Sequence[ExpectedSequence], replayed: Sequence[Sequence[ReplayedStep]]) -> Iterator[_Pair]:
+def _steps(expected: Sequence[ExpectedSequence], replayed: Sequence[Sequence[ReplayedStep]]) -> Iterator[_Step]:
     for sequence, (recorded, answers) in enumerate(zip(expected, replayed, strict=True), 1):
         for number, (step, answer) in enumerate(zip(recorded.steps, answers, strict=True), 1):
-            yield (sequence, number), step, answer, recorded.deviation
+            yield _Step(sequence, number, step, answer, recorded.deviation)
 
 
-def _divergence(
-    place: _Place, step: ExpectedStep, answer: ReplayedStep, deviation: float, limits: ReplayLimits
-) -> Divergence:
-    margin = step.regret(answer.choice) / (deviation or 1.0)
-    sequence, number = place
+def _divergence(step: _Step, limits: ReplayLimits) -> Divergence:
+    margin = step.recorded.regret(step.replayed.choice) / (step.deviation or 1.0)
     return Divergence(
-        sequence=sequence,
-        step=number,
-        recorded=step.choice,
-        chosen=answer.choice,
+        sequence=step.sequence,
+        step=step.number,
+        recorded=step.recorded.choice,
+        chosen=step.replayed.choice,
         margin=margin,
         wide=margin > limits.margin,
     )
 
 
-def _judge_logits(pairs: Sequence[_Pair], limits: ReplayLimits) -> tuple[float | None, list[str], list[str]]:
-    """The mean KL, what it fails for, and why it isn't judged."""
-    known: list[float] = []
-    for (sequence, number), step, answer, _ in pairs:
-        if answer.numbers is None:
-            return None, [f"sequence {sequence}, step {number}: a logit is not finite"], []
-        kl = step.kl(*answer.numbers)
-        known += [] if kl is None else [kl]
-    if not known:
-        return None, [], ["mean KL: no distribution was recorded"]
-    mean_kl = math.fsum(known) / len(known)
+def _judge_distributions(steps: Sequence[_Step], limits: ReplayLimits) -> tuple[float | None, list[str], list[str]]:
+    """The mean KL, what fails, and what isn't judged."""
+    found: list[float] = []
+    for step in steps:
+        if step.replayed.numbers is None:
+            return None, [f"{step.place}: a logit is not finite"], []
+        kl = step.recorded.kl(*step.replayed.numbers)
+        found += [] if kl is None else [kl]
+    if not found:
+        return None, [], ["mean KL is not known: the record has no distributions"]
+    mean_kl = math.fsum(found) / len(found)
     if limits.mean_kl is None:
         return mean_kl, [], ["mean KL is not judged: no certificate says how large noise is"]
-    if len(known) < SHORTEST_JUDGED:
+    if len(found) < SHORTEST_JUDGED:
         return mean_kl, [], [f"mean KL is not judged: fewer than {SHORTEST_JUDGED} steps"]
     if mean_kl > limits.mean_kl:
         return mean_kl, [f"mean KL {mean_kl:.3g} nats, limit {limits.mean_kl:.3g}"], []
