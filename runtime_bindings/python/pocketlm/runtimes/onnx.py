@@ -21,11 +21,14 @@ HEAD_FILE = "head.onnx"
 DATA_FILE = "model.onnx.data"  # of both
 
 
-def open_session(artifact: Artifact, threads: int | None, *, packed: bool = False) -> "OnnxSession":
+def open_session(
+    artifact: Artifact, threads: int | None, *, packed: bool = False, profile: Path | None = None
+) -> "OnnxSession":
     """A session over a ``model.onnx``; ``threads`` None leaves the number to ONNX Runtime.
 
     ``packed``: over copies of the models whose weights are packed for this machine already, see
-    :mod:`pocketlm.runtimes.onnx_packed`. It computes the same bits.
+    :mod:`pocketlm.runtimes.onnx_packed`. It computes the same bits. ``profile``: the file that ONNX Runtime's profile
+    of ``model.onnx`` is written to when the session is closed.
 
     Raises :class:`UnavailableError` if ONNX Runtime is older than what the artifact states, because older kernels may
     compute something else, and :class:`BundleError` naming the file that ONNX Runtime refuses.
@@ -36,7 +39,7 @@ def open_session(artifact: Artifact, threads: int | None, *, packed: bool = Fals
             f"{artifact.path}: needs onnxruntime {floor} or newer, but {onnxruntime.__version__} is installed: "
             f"pip install 'onnxruntime>={floor}'"
         )
-    return OnnxSession(artifact, threads, packed=packed)
+    return OnnxSession(artifact, threads, packed=packed, profile=profile)
 
 
 def runtime_build() -> tuple[str, str]:
@@ -48,7 +51,9 @@ class OnnxSession(Session):
     """The last position's logits come from the decoder; those of more from its hidden states through ``head.onnx``,
     which is loaded when they are first asked for."""
 
-    def __init__(self, artifact: Artifact, threads: int | None, *, packed: bool = False) -> None:
+    def __init__(
+        self, artifact: Artifact, threads: int | None, *, packed: bool = False, profile: Path | None = None
+    ) -> None:
         super().__init__(
             runtime="onnx",
             context_length=artifact.context_length,
@@ -60,7 +65,8 @@ class OnnxSession(Session):
         self._threads = threads
         self._packed = packed
         self._files = artifact.files
-        self._decoder = self._load(artifact.path)
+        self._profile = profile
+        self._decoder = self._load(artifact.path, profile)
         self._head: onnxruntime.InferenceSession | None = None
         self._mask = np.ones((1, self.context_length), np.int64)
         self._logits = np.empty((1, 1, self.vocabulary_size), np.float32)
@@ -102,13 +108,19 @@ class OnnxSession(Session):
             (logits,) = self._head.run(None, {"hidden_states": states})
         return np.asarray(logits[0], np.float32)
 
-    def _load(self, path: Path) -> onnxruntime.InferenceSession:
+    def _load(self, path: Path, profile: Path | None = None) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)  # ONNX Runtime adds the time
         if not self._packed:
-            return load_model(path, self._threads)
+            return load_model(path, self._threads, options=options)
         with packed_model(path, {name: self._files[name] for name in (path.name, DATA_FILE)}) as copy:
-            return load_model(copy, self._threads)
+            return load_model(copy, self._threads, options=options)
 
     def _close(self) -> None:
+        if self._profile is not None:
+            Path(self._decoder.end_profiling()).replace(self._profile)
         del self._last_only, self._with_states, self._decoder
         self._head = None
         self._buffers.clear()
