@@ -1,7 +1,7 @@
 """Measurements as tables in a page: ``python -m pocketlm_bench.performance PAGE RESULTS.json...``.
 
-RESULTS are what ``pocketlm bench``, ``pocketlm_bench.export`` and ``pocketlm_bench.memory_curve`` write with --json. A
-table stands between the page's markers of its file's name: ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
+RESULTS are what ``pocketlm_bench.export``, ``groups``, ``memory_curve`` and ``models`` write with --json. A table
+stands between the page's markers of its file's name: ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
 """
 
 import json
@@ -20,20 +20,6 @@ __all__ = ["lines"]
 
 Document = Mapping[str, Any]
 MB, GB = 1e6, 1e9
-FIGURES = (
-    ("import_seconds", "import the runtime, s", 1.0, 3),
-    ("check_seconds", "hash the files, s", 1.0, 3),
-    ("load_seconds", "load, s", 1.0, 3),
-    ("depth_seconds", "fill the cache, s", 1.0, 3),
-    ("first_token_seconds", "first token, s", 1.0, 3),
-    ("prefill_tokens_per_second", "prefill, tok/s", 1.0, 1),
-    ("decode_tokens_per_second", "decode, tok/s", 1.0, 1),
-    ("peak_resident", "peak memory, MB", MB, 0),
-    ("peak_anonymous", "peak anonymous, MB", MB, 0),
-    ("peak_file_backed", "peak file-backed, MB", MB, 0),
-    ("added_anonymous", "anonymous beyond the libraries, MB", MB, 0),
-    ("added_file_backed", "file-backed beyond the libraries, MB", MB, 0),
-)
 
 
 def lines(document: Document) -> Iterator[str]:
@@ -49,16 +35,6 @@ def lines(document: Document) -> Iterator[str]:
     )
     yield ""
     yield from TABLES[document["kind"]](document)
-
-
-def _bench(document: Document) -> Iterator[str]:
-    yield f"| {len(document['repetitions'])} processes | median | lowest | highest |"
-    yield "|---|---|---|---|"
-    for name, label, divisor, digits in FIGURES:
-        if name in document["summary"]:
-            figure = document["summary"][name]
-            cells = (f"{figure[kind] / divisor:.{digits}f}" for kind in ("median", "lowest", "highest"))
-            yield f"| {label} | {' | '.join(cells)} |"
 
 
 def _export(document: Document) -> Iterator[str]:
@@ -135,7 +111,6 @@ def _models(document: Document) -> Iterator[str]:
 
 
 TABLES: Mapping[str, Callable[[Document], Iterator[str]]] = {
-    "bench": _bench,
     "export": _export,
     "memory curve": _curve,
     "groups": _groups,

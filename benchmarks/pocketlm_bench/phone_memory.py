@@ -13,23 +13,26 @@ import datetime
 import importlib.metadata
 import json
 import os
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 
-from pocketlm.benchmark import Repetition, check_job, measure_once, summarize
+from pocketlm.benchmark import BenchOptions, settings_for
+from pocketlm.bootstrap import median_figure
 from pocketlm.bundle import RUNTIMES, Bundle, open_bundle
 from pocketlm.cache import cache_folder
 from pocketlm.cli.console import note, reported
+from pocketlm.devices import open_device
 from pocketlm.errors import InputError
+from pocketlm.figures import figures_of
 from pocketlm.machine import machine_facts
-from pocketlm.measurement import MeasurementJob
+from pocketlm.measured_runtime import Conditions, MeasuredRuntime
+from pocketlm.results import BenchSettings, Sample
 from pocketlm_bench.page import insert
 
 __all__ = ["Settings", "Variant", "VariantRuns", "measure_variants", "table", "variants_of"]
@@ -70,12 +73,13 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class VariantRuns:
-    """``disk_bytes``: the artifact's files, and the copy's where there is one."""
+    """``disk_bytes``: the artifact's files, and the copy's where there is one, after the last process."""
 
     variant: Variant
-    job: MeasurementJob
-    disk_bytes: int
-    repetitions: list[Repetition]
+    measured: MeasuredRuntime
+    settings: BenchSettings
+    samples: list[Sample] = field(default_factory=list)
+    disk_bytes: list[int] = field(default_factory=list)
 
 
 def variants_of(bundle: Bundle) -> list[Variant]:
@@ -91,34 +95,29 @@ def variants_of(bundle: Bundle) -> list[Variant]:
 
 def measure_variants(bundle: Bundle, settings: Settings) -> list[VariantRuns]:
     """Each variant once in every round, one after the other."""
-    measured = [
-        VariantRuns(
-            variant,
-            MeasurementJob(
-                bundle=str(bundle.folder), runtime=variant.runtime, prompt_tokens=settings.prompt_tokens,
-                new_tokens=settings.new_tokens, depth=0, threads=settings.threads, packed=variant.packed,
-            ),
-            0,
-            [],
-        )
-        for variant in variants_of(bundle)
-    ]  # fmt: skip
-    for runs in measured:
-        check_job(bundle, runs.job)
-    with _empty_cache() as cache:
+    device = open_device("host")
+    options = BenchOptions(
+        prompt_tokens=settings.prompt_tokens, new_tokens=settings.new_tokens, depths=(0,), threads=settings.threads
+    )
+    (work,) = settings_for(bundle, options)
+    runs = []
+    for variant in variants_of(bundle):
+        conditions = Conditions(settings.threads, None, variant.packed, limit=options.limit, cool_down=0)
+        measured = MeasuredRuntime(device, variant.runtime, bundle.artifact(variant.runtime), conditions)
+        runs.append(VariantRuns(variant, measured, work))
+    with device, _empty_cache() as cache:
         for number in range(1, settings.rounds + 1):
-            for index, runs in enumerate(measured):
-                note(f"round {number} of {settings.rounds}: {runs.variant.name}")
-                if runs.variant.makes_copy:
+            for one in runs:
+                note(f"round {number} of {settings.rounds}: {one.variant.name}")
+                if one.variant.makes_copy:
                     _remove_files(cache)
-                files = _files(bundle.folder / runs.variant.runtime)
+                files = _files(bundle.folder / one.variant.runtime)
                 if settings.cold:
                     _forget([*files, *_files(cache)])
-                runs.repetitions.append(measure_once(runs.job))
-                copies = _files(cache) if runs.variant.packed else []
-                size = sum(path.stat().st_size for path in (*files, *copies))
-                measured[index] = VariantRuns(runs.variant, runs.job, size, runs.repetitions)
-    return measured
+                one.samples.append(one.measured.measure(work))
+                copies = _files(cache) if one.variant.packed else []
+                one.disk_bytes.append(sum(path.stat().st_size for path in (*files, *copies)))
+    return runs
 
 
 @contextmanager
@@ -171,7 +170,7 @@ def table(document: Mapping[str, Any]) -> Iterator[str]:
     yield "| | anonymous MB | at most | file-backed MB | hash s | load s | first token s | on disk MB |"
     yield "|---|--:|--:|--:|--:|--:|--:|--:|"
     for variant in document["variants"]:
-        figures = {name: figure["median"] for name, figure in variant["summary"].items()}
+        figures = {name: figure["median"] for name, figure in variant["summary"].items() if figure is not None}
         megabytes = [
             f"{figures[name] / 1e6:.0f}" if name in figures else "-"
             for name in ("added_anonymous", "highest_added_anonymous", "added_file_backed")
@@ -187,7 +186,7 @@ def table(document: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _document(bundle: Bundle, measured: Sequence[VariantRuns], settings: Settings) -> dict[str, Any]:
+def _document(bundle: Bundle, runs: Sequence[VariantRuns], settings: Settings) -> dict[str, Any]:
     scheme = bundle.manifest.scheme
     groups = "" if scheme.group is None else f" in groups of {scheme.group}"
     return {
@@ -199,35 +198,35 @@ def _document(bundle: Bundle, measured: Sequence[VariantRuns], settings: Setting
         "pocketlm": importlib.metadata.version("pocketlm"),
         "runtimes": {
             name: importlib.metadata.version(RUNTIMES[name])
-            for name in dict.fromkeys(runs.variant.runtime for runs in measured)
+            for name in dict.fromkeys(one.variant.runtime for one in runs)
         },
         "settings": asdict(settings),
         "variants": [
             {
-                "name": runs.variant.name,
-                "disk_bytes": runs.disk_bytes,
-                "summary": {**summarize(runs.job, runs.repetitions), **_highest(runs.repetitions)},
-                "repetitions": [asdict(repetition) for repetition in runs.repetitions],
+                "name": one.variant.name,
+                "disk_bytes": one.disk_bytes[-1],
+                "summary": {
+                    **figures_of(one.samples, one.settings).model_dump(),
+                    "highest_added_anonymous": _highest(one.samples),
+                },
+                "samples": [sample.model_dump() for sample in one.samples],
             }
-            for runs in measured
+            for one in runs
         ],
     }
 
 
-def _highest(repetitions: Sequence[Repetition]) -> dict[str, dict[str, float]]:
-    """The most anonymous memory from the beginning of the load on, beyond what there was before, in bytes; nothing
-    where the system doesn't split memory."""
+def _highest(samples: Sequence[Sample]) -> dict[str, float] | None:
+    """The most anonymous memory from the beginning of the load on, beyond what there was before, in bytes; None where
+    the system doesn't split memory."""
     added = []
-    for run in repetitions:
-        own = run.measurement
-        if own.before_load is not None:
-            seen = (own.loaded, own.first_token, own.decoded, run.load_peak, run.generation_peak)
-            added.append(max(memory.anonymous for memory in seen if memory is not None) - own.before_load.anonymous)
-    if not added:
-        return {}
-    return {
-        "highest_added_anonymous": {"median": statistics.median(added), "lowest": min(added), "highest": max(added)}
-    }
+    for sample in samples:
+        memory = sample.memory
+        if memory.before_load is not None:
+            seen = (memory.loaded, memory.first_token, memory.decoded, memory.load_peak, memory.generation_peak)
+            highest = max(moment.anonymous for moment in seen if moment is not None)
+            added.append(highest - memory.before_load.anonymous)
+    return median_figure(added).model_dump() if added else None
 
 
 def main(

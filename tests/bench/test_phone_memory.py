@@ -38,9 +38,9 @@ def test_every_variant_in_its_own_processes(bundle, tmp_path, monkeypatch):
     sizes = {variant["name"]: variant["disk_bytes"] for variant in document["variants"]}
     assert sizes["onnx"] < sizes["onnx packed, first run"] == sizes["onnx packed, later runs"]
     for variant in document["variants"]:
-        assert len(variant["repetitions"]) == 2
+        assert len(variant["samples"]) == 2
         for name in ("added_anonymous", "highest_added_anonymous", "added_file_backed"):
-            assert variant["summary"][name]["lowest"] <= variant["summary"][name]["highest"]
+            assert variant["summary"][name]["low"] <= variant["summary"][name]["high"]
     rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     assert [row.split("|")[1].strip() for row in rows[1:]] == NAMES
     assert "an older table" not in page.read_text(encoding="utf-8")

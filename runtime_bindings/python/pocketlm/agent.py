@@ -258,7 +258,7 @@ def _window(number: int, work: Measure) -> None:
 def _drop_from_page_cache(job: Job) -> None:
     """Written pages are dropped, and those that no process maps."""
     if not hasattr(os, "posix_fadvise"):
-        raise UnavailableError("a cold load can't be measured on this system: files stay in its cache")
+        raise UnavailableError("a cold load can't be measured on this system: files stay in its cache; leave it out")
     for name in job.artifact.files:
         file = os.open(job.artifact.path.parent / name, os.O_RDONLY)
         try:

@@ -1,143 +1,203 @@
-"""Measures a bundle in a runtime on this machine: every repetition is a fresh process, watched from outside."""
+"""Measures a bundle on devices: from options to one result, each repetition a fresh process there."""
 
-import json
-import statistics
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import datetime
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
 
-from pocketlm.bundle import Bundle
-from pocketlm.errors import ContextLengthError, InputError, PocketLMError, UnavailableError
-from pocketlm.measurement import Measurement, MeasurementJob
-from pocketlm.memory import ResidentMemory
-from pocketlm.watched_process import MemoryPeak, run_watched
+from pocketlm.bundle import PACKING, RUNTIMES, Bundle
+from pocketlm.devices import open_device
+from pocketlm.devices.base import Device
+from pocketlm.errors import BundleError, ContextLengthError, InputError, UnavailableError, UnsupportedError
+from pocketlm.golden_session import read_golden_session
+from pocketlm.machine import command_line
+from pocketlm.measured_runtime import Conditions, MeasuredRuntime
+from pocketlm.replay_expectation import ExpectedSession
+from pocketlm.results import FORMAT_VERSION, BenchResult, BenchRun, BenchSettings, SubjectBundle
 
-__all__ = ["Repetition", "check_job", "choose_runtime", "measure_once", "summarize"]
+__all__ = ["USUAL_DEPTHS", "BenchOptions", "choose_runtimes", "measure_bundle", "settings_for"]
 
-# Runtimes in whose place something else computes, and what.
-EMULATED = {"coreml": "the reference interpreter computes in Core ML's place"}
-ERRORS: Mapping[int, type[PocketLMError]] = {2: InputError, 3: UnavailableError}
+USUAL_DEPTHS = (0, 512, 2048)
+# Runtimes in whose place something else computes on a host, and what.
+INTERPRETED = {"coreml": "the reference interpreter computes in Core ML's place"}
+
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Repetition:
-    """What one process measured of itself, and its memory at the highest: ever, while it loaded, and from the first
-    call on; None where the system doesn't split memory, or no sample fell into that time."""
+class BenchOptions:
+    """``depths`` None: those of :data:`USUAL_DEPTHS` that fit. ``cold``: measure loads from the disk, too, at the first
+    depth and unless the weights are packed. ``limit`` and ``cool_down`` are those of
+    :class:`pocketlm.measured_runtime.Conditions`. ``profile``: one more process for what really ran.
 
-    measurement: Measurement
-    peak: MemoryPeak | None
-    load_peak: MemoryPeak | None
-    generation_peak: MemoryPeak | None
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens a second: n-1 tokens over n-1 intervals."""
-        seconds = self.measurement.decode_seconds
-        return len(seconds) / sum(seconds)
-
-
-def choose_runtime(bundle: Bundle, wanted: str | None) -> str:
-    """``wanted``, or the first of the bundle's runtimes that is installed and whose speed means something.
-
-    Raises :class:`UnavailableError` for a runtime that is emulated here, or if there is no other.
+    An emulated device counts instructions instead: one repetition, one thread.
     """
-    measurable = [name for name in bundle.runtimes() if name not in EMULATED]
-    name = wanted or next(iter(measurable or bundle.runtimes()), None)
-    if name is None:
-        raise UnavailableError(f"no runtime for this bundle is installed: pip install {_extras(bundle)}")
-    if name in EMULATED:
-        raise UnavailableError(
-            f"{name} can't be measured here: {EMULATED[name]}, and its speed means nothing; "
-            f"measurable in this bundle: {', '.join(measurable) or 'nothing'}"
-        )
-    return name
+
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    depths: tuple[int, ...] | None = None
+    threads: int | None = None
+    cores: tuple[int, ...] | None = None
+    packed: bool = False
+    repetitions: int = 5
+    cold: bool = True
+    cool_down: float = 0.0
+    limit: float = 600.0
+    profile: bool = False
 
 
-def _extras(bundle: Bundle) -> str:
-    return " or ".join(f"'pocketlm[{name}]'" for name in bundle.manifest.targets if name not in EMULATED)
+def measure_bundle(
+    bundle: Bundle, addresses: Sequence[str], runtimes: Sequence[str], options: BenchOptions, note: Note
+) -> BenchResult:
+    """Each of ``runtimes`` on each device at each depth; without runtimes the first that a device has.
+
+    ``note`` is told of the progress. All devices are opened before anything is measured. Raises
+    :class:`UnavailableError` for a device or runtime that isn't there, a device that is too hot, dies, takes longer
+    than the limit or answers garbage, and :class:`InputError` for options that can't be measured.
+    """
+    settings = settings_for(bundle, options)
+    golden = _golden_session(bundle)
+    runs: list[BenchRun] = []
+    with ExitStack() as stack:
+        devices = [stack.enter_context(open_device(address)) for address in addresses]
+        chosen = [choose_runtimes(bundle, device, runtimes, options) for device in devices]
+        for device, names in zip(devices, chosen, strict=True):
+            for name in names:
+                bundle.check_files(f"{name}/")
+            conditions = _conditions(device, options)
+            measured = [MeasuredRuntime(device, name, bundle.artifact(name), conditions) for name in names]
+            measure = _count_instructions if device.emulated else _measure_speed
+            measure(measured, settings, options, note)
+            for one in measured:
+                note(f"{one.title}: {one.replay(golden).words}")
+            runs += [one.as_run(setting) for one in measured for setting in settings]
+    return BenchResult(
+        format_version=FORMAT_VERSION,
+        kind="bench",
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command_line(),
+        pocketlm=version("pocketlm"),
+        bundle=SubjectBundle(name=bundle.folder.resolve().name, manifest_sha256=bundle.manifest_sha256),
+        runs=runs,
+    )
 
 
-def check_job(bundle: Bundle, job: MeasurementJob) -> None:
-    """Refuse a job that can't be measured, before a process is started for it."""
+def settings_for(bundle: Bundle, options: BenchOptions) -> list[BenchSettings]:
+    """One for each depth.
+
+    Raises :class:`InputError` for options that can't be measured, :class:`ContextLengthError` for more tokens than the
+    bundle's context holds.
+    """
     for name, value, least in (
-        ("--prompt-tokens", job.prompt_tokens, 1),
-        ("--new-tokens", job.new_tokens, 2),
-        ("--depth", job.depth, 0),
-        ("--threads", 1 if job.threads is None else job.threads, 1),
+        ("--prompt-tokens", options.prompt_tokens, 1),
+        ("--new-tokens", options.new_tokens, 2),
+        ("--depth", min(options.depths or (0,)), 0),
+        ("--threads", 1 if options.threads is None else options.threads, 1),
+        ("--repetitions", options.repetitions, 1),
+        ("--cool-down", options.cool_down, 0),
+        ("--limit", options.limit, 0.001),
     ):
         if value < least:
-            raise InputError(f"{name} must be at least {least}, not {value}")
-    needed, context = job.depth + job.prompt_tokens + job.new_tokens, bundle.manifest.model.context_length
-    if needed > context:
+            raise InputError(f"{name} must be at least {least}, not {value:g}")
+    context = bundle.manifest.model.context_length
+    room = context - options.prompt_tokens - options.new_tokens
+    depths = options.depths or (0, *(depth for depth in USUAL_DEPTHS if 0 < depth <= room))
+    if max(depths) > room:
         raise ContextLengthError(
-            f"--depth {job.depth} + --prompt-tokens {job.prompt_tokens} + --new-tokens {job.new_tokens} exceed the "
-            f"exported context of {context}"
+            f"--depth {max(depths)} + --prompt-tokens {options.prompt_tokens} + --new-tokens {options.new_tokens} "
+            f"exceed the exported context of {context}"
         )
+    return [
+        BenchSettings(prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens, depth=depth)
+        for depth in dict.fromkeys(depths)
+    ]
 
 
-def measure_once(job: MeasurementJob) -> Repetition:
-    """One repetition. Raises the error that the process reported, or :class:`PocketLMError` if it died."""
-    run = run_watched([sys.executable, "-m", "pocketlm.measurement", json.dumps(asdict(job))])
-    line = run.output.strip().rpartition("\n")[2]
-    try:
-        result: dict[str, Any] = json.loads(line)
-    except ValueError as error:
-        ending = run.errors.strip().rpartition("\n")[2]
-        raise PocketLMError(f"{job.bundle}: the measuring process ended with {run.exit_code}: {ending}") from error
-    if "error" in result:
-        raise ERRORS.get(result["exit_code"], PocketLMError)(result["error"])
-    memory = {
-        name: None if result[name] is None else ResidentMemory(**result[name])
-        for name in ("before_load", "loaded", "first_token", "decoded")
-    }
-    measurement = Measurement(**{**result, **memory})
-    moments = measurement.moments
-    return Repetition(
-        measurement=measurement,
-        peak=_whole_peak(run.peak(), measurement),
-        load_peak=run.peak(moments["load"], moments["prefill"]),
-        generation_peak=run.peak(moments["prefill"], moments["end"]),
-    )
+def choose_runtimes(bundle: Bundle, device: Device, wanted: Sequence[str], options: BenchOptions) -> list[str]:
+    """``wanted``, or the first of the bundle's that can be measured on ``device``.
 
-
-def _whole_peak(peak: MemoryPeak | None, measurement: Measurement) -> MemoryPeak | None:
-    """``peak`` with what the process saw of itself at its end, after the last sample."""
-    if peak is None or measurement.decoded is None:
-        return peak
-    return MemoryPeak(
-        resident=max(peak.resident, measurement.decoded.highest),
-        anonymous=max(peak.anonymous, measurement.decoded.anonymous),
-        file_backed=max(peak.file_backed, measurement.decoded.file_backed),
-    )
-
-
-def summarize(job: MeasurementJob, repetitions: Sequence[Repetition]) -> dict[str, dict[str, float]]:
-    """Median, lowest and highest of each figure over the repetitions; rates in tokens a second, memory in bytes.
-
-    ``added_anonymous`` and ``added_file_backed`` are what the process held after decoding beyond what it held before
-    loading, its libraries apart.
+    Raises :class:`InputError` for an unknown runtime or one that the bundle has no artifact for,
+    :class:`UnavailableError` for one that isn't installed, or interpreted here, and :class:`UnsupportedError` for
+    packed weights or a profile where there is none.
     """
-    figures = [dict(_figures(job, repetition)) for repetition in repetitions]
-    return {
-        name: {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-        for name in figures[0]
-        for values in [[figure[name] for figure in figures]]
-    }
+    held = [name for name in RUNTIMES if name in bundle.manifest.targets]
+    here = bundle.runtimes() if device.address == "host" else held
+    measurable = [name for name in here if name not in INTERPRETED or device.address.startswith("ios")]
+    for name in wanted:
+        if name not in RUNTIMES:
+            raise InputError(f"unknown runtime {name!r:.40}; valid: {', '.join(RUNTIMES)}")
+        bundle.artifact(name)
+        if name in INTERPRETED and name not in measurable:
+            raise UnavailableError(
+                f"{name} can't be measured on {device.address}: {INTERPRETED[name]}, and its speed means nothing; "
+                f"measurable in this bundle: {', '.join(measurable) or 'nothing'}"
+            )
+        if name not in measurable:
+            raise UnavailableError(f"the {name} runtime is not installed: pip install 'pocketlm[{name}]'")
+    chosen = list(dict.fromkeys(wanted)) or measurable[:1]
+    if not chosen:
+        extras = " or ".join(f"'pocketlm[{name}]'" for name in bundle.manifest.targets if name not in INTERPRETED)
+        raise UnavailableError(f"no runtime for this bundle can be measured on {device.address}; install {extras}")
+    for name in chosen:
+        if options.packed and name not in PACKING:
+            raise UnsupportedError(f"packed weights: not supported by {name}; valid: {', '.join(PACKING)}")
+    if options.profile and device.emulated:
+        raise UnsupportedError(f"--profile: {device.address} is emulated, and its times mean nothing")
+    return chosen
 
 
-def _figures(job: MeasurementJob, repetition: Repetition) -> Iterator[tuple[str, float]]:
-    measured = repetition.measurement
-    for name in ("import_seconds", "check_seconds", "load_seconds", "first_token_seconds"):
-        yield name, getattr(measured, name)
-    if job.depth:
-        yield "depth_seconds", measured.depth_seconds
-    yield "prefill_tokens_per_second", job.prompt_tokens / measured.prefill_seconds
-    yield "decode_tokens_per_second", repetition.decode_rate
-    if repetition.peak is not None:
-        yield "peak_resident", repetition.peak.resident
-        yield "peak_anonymous", repetition.peak.anonymous
-        yield "peak_file_backed", repetition.peak.file_backed
-    if measured.before_load is not None and measured.decoded is not None:
-        yield "added_anonymous", measured.decoded.anonymous - measured.before_load.anonymous
-        yield "added_file_backed", measured.decoded.file_backed - measured.before_load.file_backed
+def _conditions(device: Device, options: BenchOptions) -> Conditions:
+    return Conditions(
+        threads=1 if device.emulated else options.threads,  # windows of instructions are one thread's
+        cores=options.cores,
+        packed=options.packed,
+        limit=options.limit,
+        cool_down=options.cool_down,
+    )
+
+
+def _measure_speed(
+    measured: Sequence[MeasuredRuntime], settings: Sequence[BenchSettings], options: BenchOptions, note: Note
+) -> None:
+    """Round by round, so that a device that slows down slows all of them."""
+    for one in measured:
+        note(f"{one.title}: warming up{', making the packed weights unless they are there' if options.packed else ''}")
+        one.warm_up(settings[0])
+    cold = options.cold and not options.packed
+    for number in range(1, options.repetitions + 1):
+        for one in measured:
+            for setting in settings:
+                sample = one.measure(setting)
+                rate = len(sample.decode_seconds) / sum(sample.decode_seconds)
+                note(
+                    f"{one.title}, depth {setting.depth}: repetition {number} of {options.repetitions}: "
+                    f"{rate:.1f} tok/s of decode"
+                )
+            if cold:
+                sample = one.measure(settings[0], cold=True)
+                note(f"{one.title}: cold load {number} of {options.repetitions}: {sample.load_seconds:.2f} s")
+    if options.profile:
+        for one in measured:
+            for setting in settings:
+                note(f"{one.title}, depth {setting.depth}: profile")
+                one.profile(setting)
+
+
+def _count_instructions(
+    measured: Sequence[MeasuredRuntime], settings: Sequence[BenchSettings], _options: BenchOptions, note: Note
+) -> None:
+    for one in measured:
+        for setting in settings:
+            counted = one.count_instructions(setting)
+            note(f"{one.title}, depth {setting.depth}: {counted.per_decode_token / 1e6:.2f} M instructions a token")
+
+
+def _golden_session(bundle: Bundle) -> ExpectedSession | None:
+    """None where there are prompts only: the reference answers for small models."""
+    try:
+        return read_golden_session(bundle)
+    except BundleError:  # altered or malformed
+        raise
+    except InputError:
+        return None

@@ -1,146 +1,112 @@
-"""One measurement of a bundle in one runtime, in a process of its own: ``python -m pocketlm.measurement JOB``.
+"""What an agent's lines say of a measurement, checked: they come from a device."""
 
-JOB is the JSON object of a :class:`MeasurementJob`; the last line on stdout is that of a :class:`Measurement`, or
-``{"error": ..., "exit_code": ...}``. It imports the runtime that it measures and nothing else that is large.
-"""
-
-import importlib
+import hashlib
 import json
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Literal, TypeVar
 
-import numpy as np
+from pydantic import Field, ValidationError
 
-from pocketlm.bundle import open_bundle
-from pocketlm.errors import PocketLMError
-from pocketlm.memory import ResidentMemory, resident_memory
-from pocketlm.session import Session
+from pocketlm.devices.base import Outcome
+from pocketlm.errors import UnavailableError
+from pocketlm.manifest import Closed
+from pocketlm.results import Energy, Memory, Peak, Sample
 
-__all__ = ["Measurement", "MeasurementJob", "measure"]
+__all__ = ["Begin", "Measurement", "read_begin", "read_measurement"]
 
-WARM_UP_STEPS = 2  # of decode, before those that are timed: a runtime's first are slower
+Seconds = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True, slots=True)
-class MeasurementJob:
-    """``depth`` tokens fill the cache first, then ``prompt_tokens`` are prefilled and ``new_tokens`` generated.
+class Line(Closed):
+    """One line of an agent's result."""
 
-    ``threads`` None is the runtime's default, ``packed`` that of :meth:`pocketlm.Bundle.session`.
-    """
 
-    bundle: str
+class Begin(Line):
+    """The first line: the runtime as it was loaded, and the machine as the agent saw it."""
+
+    kind: Literal["begin"]
+    format_version: str
     runtime: str
-    prompt_tokens: int
-    new_tokens: int
-    depth: int
-    threads: int | None
-    packed: bool = False
+    runtime_version: str
+    runtime_build: str
+    python: str
+    numpy: str
+    machine: dict[str, str]
+    clock: str
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Seconds, and bytes of memory at four moments (None where the system doesn't tell).
+class Measurement(Line):
+    """What :func:`pocketlm.agent.run` reports of :class:`pocketlm.job.Measure`; the meanings are those of
+    :class:`pocketlm.results.Sample`."""
 
-    ``import_seconds``: the runtime's libraries. ``check_seconds``: hashing the artifact, after which the page cache
-    holds it. ``load_seconds``: until the session is there. ``depth_seconds``: filling the cache, 0 without a depth.
-    ``first_token_seconds``: from the prompt to the first token in the session just loaded; without a depth this is its
-    first call. ``prefill_seconds``: the same prompt again, after that warm-up. ``decode_seconds``: the intervals
-    between the new tokens, one fewer than tokens, each with its choice of the most likely token.
-    ``moments`` are ``time.monotonic()`` at the beginning of load and prefill, and at the end.
+    kind: Literal["measurement"]
+    import_seconds: Seconds
+    check_seconds: Seconds
+    load_seconds: Seconds
+    depth_seconds: Seconds
+    first_token_seconds: Seconds
+    prefill_seconds: Annotated[float, Field(gt=0)]
+    decode_seconds: Annotated[list[Seconds], Field(min_length=1)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
+    memory: Memory
+    energy: Energy
+    load_average: Seconds | None
+    others_cores: Seconds | None
+
+    @property
+    def tokens_sha256(self) -> str:
+        """Of the ids as JSON without spaces."""
+        return hashlib.sha256(json.dumps(self.tokens, separators=(",", ":")).encode()).hexdigest()
+
+    def as_sample(self, *, cold: bool) -> Sample:
+        """The repetition as results hold it; its peak counts what the process saw of itself at the end, too."""
+        values = self.model_dump(exclude={"kind", "tokens", "memory", "energy"})
+        return Sample(
+            cold=cold, tokens_sha256=self.tokens_sha256, memory=_whole_peak(self.memory), energy=self.energy, **values
+        )
+
+
+KnownLine = TypeVar("KnownLine", bound=Line)
+
+
+def read_begin(device: str, outcome: Outcome) -> Begin:
+    """The first line of ``outcome``. Raises :class:`UnavailableError` naming ``device`` and the key."""
+    return _read(device, outcome, "begin", Begin)
+
+
+def read_measurement(device: str, outcome: Outcome, new_tokens: int) -> Measurement:
+    """The measurement in ``outcome``.
+
+    Raises :class:`UnavailableError` naming ``device`` and the key, and for other than ``new_tokens`` tokens.
     """
-
-    import_seconds: float
-    check_seconds: float
-    load_seconds: float
-    depth_seconds: float
-    first_token_seconds: float
-    prefill_seconds: float
-    decode_seconds: list[float]
-    before_load: ResidentMemory | None
-    loaded: ResidentMemory | None
-    first_token: ResidentMemory | None
-    decoded: ResidentMemory | None
-    moments: dict[str, float]
+    measurement = _read(device, outcome, "measurement", Measurement)
+    if len(measurement.tokens) != new_tokens or len(measurement.decode_seconds) != new_tokens - 1:
+        raise UnavailableError(
+            f"{device}: the agent answered {len(measurement.tokens)} tokens and {len(measurement.decode_seconds)} "
+            f"intervals instead of {new_tokens} and {new_tokens - 1}"
+        )
+    return measurement
 
 
-def measure(job: MeasurementJob) -> Measurement:
-    """Load and run as ``job`` says. Tokens of prompt and depth are random, the new ones greedy; nothing stops them."""
-    bundle = open_bundle(job.bundle)
-    tokens = np.random.default_rng(0).integers(0, bundle.manifest.model.vocabulary_size, job.depth + job.prompt_tokens)
-    filling, prompt = tokens[: job.depth].tolist(), tokens[job.depth :].tolist()
-
-    begin = time.monotonic()
-    if job.runtime in bundle.runtimes():  # others are refused below
-        _import_runtime(job.runtime)
-    imported = time.monotonic()
-    bundle.check_files(f"{job.runtime}/")
-    checked = time.monotonic()
-    before_load = resident_memory()
-
-    load = time.monotonic()
-    with bundle.session(job.runtime, threads=job.threads, packed=job.packed) as session:
-        ready = time.monotonic()
-        loaded = resident_memory()
-
-        fill = time.monotonic()
-        if filling:
-            session.extend(filling, logits=0)
-        filled = time.monotonic()
-        token = _next_token(session, prompt)
-        answered = time.monotonic()
-        first_token = resident_memory()
-        for _ in range(min(WARM_UP_STEPS, job.new_tokens - 1)):
-            token = _next_token(session, [token])
-
-        session.rewind(job.depth)
-        prefill = time.monotonic()
-        token = _next_token(session, prompt)
-        prefilled = time.monotonic()
-        intervals, last = [], prefilled
-        for _ in range(job.new_tokens - 1):
-            token = _next_token(session, [token])
-            now = time.monotonic()
-            intervals.append(now - last)
-            last = now
-        decoded = resident_memory()
-    return Measurement(
-        import_seconds=imported - begin,
-        check_seconds=checked - imported,
-        load_seconds=ready - load,
-        depth_seconds=filled - fill if filling else 0.0,
-        first_token_seconds=answered - filled,
-        prefill_seconds=prefilled - prefill,
-        decode_seconds=intervals,
-        before_load=before_load,
-        loaded=loaded,
-        first_token=first_token,
-        decoded=decoded,
-        moments={"load": load, "prefill": filled, "end": last},
-    )
-
-
-def _import_runtime(name: str) -> None:
-    module: Any = importlib.import_module(f"pocketlm.runtimes.{name}")
-    if name == "executorch":  # whose module leaves its libraries to the first session
-        module.load_binding()
-
-
-def _next_token(session: Session, tokens: Sequence[int]) -> int:
-    return int(session.extend(tokens)[-1].argmax())
-
-
-def main() -> None:
-    """Measure the job of the command line; exit code 1 with an error that was foreseen."""
+def _read(device: str, outcome: Outcome, kind: str, line: type[KnownLine]) -> KnownLine:
+    found = outcome.of_kind(kind)
+    if len(found) != 1:
+        raise UnavailableError(f"{device}: the agent's result has {len(found)} lines of kind {kind} instead of one")
     try:
-        result: dict[str, Any] = asdict(measure(MeasurementJob(**json.loads(sys.argv[1]))))
-    except PocketLMError as error:
-        result = {"error": str(error), "exit_code": error.exit_code}
-    print(json.dumps(result))
-    sys.exit(1 if "error" in result else 0)
+        return line.model_validate(found[0])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UnavailableError(f"{device}: the agent's line {kind}: '{place}': {first['msg']}") from error
 
 
-if __name__ == "__main__":
-    main()
+def _whole_peak(memory: Memory) -> Memory:
+    """``memory`` with a peak that covers the process's own last look, after the last sample."""
+    peak, last = memory.peak, memory.decoded
+    if peak is None or last is None:
+        return memory
+    whole = Peak(
+        resident=max(peak.resident, last.highest),
+        anonymous=max(peak.anonymous, last.anonymous),
+        file_backed=max(peak.file_backed, last.file_backed),
+    )
+    return memory.model_copy(update={"peak": whole})

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import pocketlm
-from pocketlm.cli import bench, chat, export, inspect, replay, run, store, verify
+from pocketlm.cli import bench, chat, compare, export, inspect, replay, run, store, verify
 from pocketlm.cli.console import Interrupted, note
 
 __all__ = ["app", "main"]
@@ -31,6 +31,7 @@ app.command("run", epilog=run.EXAMPLE)(run.run)
 app.command("chat", epilog=chat.EXAMPLE)(chat.chat)
 app.command("replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command("bench", epilog=bench.EXAMPLE)(bench.bench)
+app.command("compare", epilog=compare.EXAMPLE)(compare.compare)
 app.command("store", epilog=store.EXAMPLE)(store.store)
 
 
