@@ -14,7 +14,7 @@ from typing import Any
 
 from pocketlm.bundle import Bundle, open_bundle
 
-__all__ = ["copied_with_fault", "faults", "places_of"]
+__all__ = ["copied_with_fault", "faults", "places_of", "sealed"]
 
 Fault = Callable[[Path, Any], None]
 
@@ -35,6 +35,16 @@ def copied_with_fault(bundle: Bundle, target: str, fault: str, place: Any, folde
     shutil.copytree(bundle.folder, folder)
     (folder / "certificate.json").unlink(missing_ok=True)
     faults(target)[fault](_edited(target, folder, bundle), place)
+    _seal(folder)
+    return open_bundle(folder)
+
+
+def sealed(bundle: Bundle, folder: Path, files: Mapping[str, bytes]) -> Bundle:
+    """A copy of ``bundle`` in ``folder``, which must not exist, with other content of ``files``."""
+    shutil.copytree(bundle.folder, folder)
+    (folder / "certificate.json").unlink(missing_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     _seal(folder)
     return open_bundle(folder)
 
