@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import InputError, PocketLMError, UnavailableError
-from pocketlm.watched_process import MemoryPeak, WatchedRun, run_watched
+from pocketlm_bench.watched_process import MemoryPeak, WatchedRun, run_watched
 from pocketlm_export.options import ExportOptions
 
 __all__ = ["MeasuredExport", "Stage", "export_measured"]

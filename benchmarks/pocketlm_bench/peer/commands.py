@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketlm.errors import PocketLMError
-from pocketlm.watched_process import WatchedRun, run_watched
 from pocketlm_bench.peer.environments import Environment
 from pocketlm_bench.peer.export_llm import export_arguments
 from pocketlm_bench.peer.genai import builder_arguments
+from pocketlm_bench.watched_process import WatchedRun, run_watched
 
 __all__ = ["Command", "export_llm_commands", "genai_command", "gguf_command", "pocketlm_command", "run"]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocketlm.watched_process import WatchedRun
 from pocketlm_bench.peer.commands import Command, export_llm_commands, genai_command, pocketlm_command, run
 from pocketlm_bench.peer.environments import Environment
+from pocketlm_bench.watched_process import WatchedRun
 
 __all__ = ["TITLES", "Export", "compare_exports"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pocketlm.memory import resident_memory
-from pocketlm.watched_process import run_watched
+from pocketlm_bench.watched_process import run_watched
 
 MEGABYTE = 1 << 20
 
