@@ -13,7 +13,7 @@ from tests.architectures import phi3small_model
 from tests.outliers import OFFSET_NORMS, add_outliers, raise_residual
 from tests.tiny_row import CONTEXT, Row
 
-__all__ = ["CONTEXT", "ROWS", "WITH_EXPERTS", "Row", "write_checkpoint"]
+__all__ = ["CONTEXT", "ROWS", "WITH_EXPERTS", "Row", "initial_values", "write_checkpoint", "write_tokenizer"]
 
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
 
@@ -245,7 +245,7 @@ def write_checkpoint(row: Row, folder: Path) -> torch.nn.Module | phi3small_mode
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_initial(name, parameter, center=0.0 if row.model_type in OFFSET_NORMS else 1.0))
+            parameter.copy_(initial_values(name, parameter, center=0.0 if row.model_type in OFFSET_NORMS else 1.0))
         if row.outlier is not None:
             add_outliers(model, row.outlier)
         if row.residual is not None:
@@ -256,7 +256,7 @@ def write_checkpoint(row: Row, folder: Path) -> torch.nn.Module | phi3small_mode
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def _initial(name: str, parameter: torch.Tensor, center: float) -> torch.Tensor:
+def initial_values(name: str, parameter: torch.Tensor, center: float) -> torch.Tensor:
     """Random values that keep every layer's output near one; ``center`` is what the weights of norms lie around."""
     noise = torch.randn_like(parameter)
     if parameter.dim() == 1:

@@ -22,7 +22,8 @@ class CheckpointReport:
     """``weight_bytes`` is the size of the weights in the store by scheme, embedding and head in int8.
 
     ``kv_values`` is how many values the key/value cache of ``context_length`` positions holds. ``targets``: for each
-    the reason why it can't express the model, None where it can.
+    the reason why it can't express the model, None where it can. ``left_out``: in words, which parts of a multimodal
+    checkpoint are not exported.
     """
 
     source: str
@@ -35,6 +36,7 @@ class CheckpointReport:
     targets: Mapping[str, str | None]
     has_chat_template: bool
     stop_ids: tuple[int, ...]
+    left_out: str | None
 
 
 def inspect_checkpoint(
@@ -67,6 +69,7 @@ def inspect_checkpoint(
         targets={name: _ask(name, graph) for name in TARGETS},
         has_chat_template=_has_chat_template(checkpoint),
         stop_ids=checkpoint.generation.stop_ids,
+        left_out=checkpoint.left_out,
     )
 
 

@@ -76,6 +76,7 @@ def export_bundle(source: str, output: Path, options: ExportOptions, progress: P
             generation=checkpoint.generation,
             tokenizer_files=checkpoint.tokenizer_files,
             progress=progress.advance,
+            left_out=checkpoint.left_out,
         )
         artifacts: dict[str, Artifact] = {}
         libraries = {name: importlib.metadata.version(name) for name in ("numpy",)}

@@ -78,7 +78,7 @@ def test_the_manifest_states_each_group_and_every_artifact_has_it(name, group, e
 def test_a_manifest_that_states_another_group_is_a_difference(target, exported):
     bundle = exported("qwen2", 128)
     manifest = bundle.manifest
-    graph = build_graph(read_configuration(bundle.folder)[1], manifest.model.context_length)
+    graph = build_graph(read_configuration(bundle.folder), manifest.model.context_length)
     name = "model.layers.1.self_attn.q_proj.weight"
     changed = manifest.weights[name].model_copy(update={"group": 32})
     reader = open_reader(target, bundle.folder / manifest.targets[target].path, manifest)

@@ -240,7 +240,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused(pocketlm, checkpoint, tmp_p
     write_adapter(deeper, tmp_path / "deeper-base", **TARGETS)
     write_adapter(checkpoint, tmp_path / "dora", **TARGETS, use_dora=True)
     for name, needles in (
-        ("wider-base", ("adapter_model.safetensors", "lora_A.weight", "[64, 32]", "shape")),
+        ("wider-base", ("adapter_model.safetensors", "has shape [64, 4]", "ask for [32, 4]")),
         ("deeper-base", ("adapter_model.safetensors", "layers.2", "another base")),
         ("dora", ("adapter_config.json", "'use_dora'", "merge it with PEFT")),
         ("nowhere", ("nowhere/adapter_config.json", "no such file")),

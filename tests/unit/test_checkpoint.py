@@ -279,7 +279,7 @@ VARIANTS = {
     "Qwen3-30B-A3B.fp8.config.json": "'quantization_config'.*fp8",
     "Qwen3.5-27B.config.json": "'qwen3_5' is not supported.*multimodal",
     "TinyLlama-1.1B-Chat.saved-by-transformers-5.config.json": None,
-    "gemma-3-4b-it.config.json": "'gemma3' is not supported.*multimodal.*'gemma3_text'",
+    "gemma-3-4b-it.config.json": None,
     "granite-3.3-8b-instruct.compressed-tensors-fp8.config.json": "'quantization_config'.*compressed-tensors",
     "phi-1_5.phi-msft.config.json": "'phi-msft' is not supported",
     "phi-1_5.phi-old-keys.config.json": "an old Phi configuration",

@@ -49,7 +49,8 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """The input of a backend: what to write, for whom, and the files that make a vendor's runner work as it is."""
+    """The input of a backend: what to write, for whom, and the files that make a vendor's runner work as it is.
+    ``left_out``: in words, which parts of the checkpoint the graph doesn't have; None if it has all."""
 
     graph: Graph
     weights: Weights
@@ -57,15 +58,17 @@ class Lowering:
     generation: Generation
     tokenizer_files: Mapping[str, Path]
     progress: Callable[[str, int], None] = field(default=lambda _name, _elements: None)
+    left_out: str | None = None
 
     @property
     def context_notes(self) -> tuple[str, ...]:
-        """What the exported context decided: each sliding window that no artifact has because the context fits into
-        it, and which factors of LongRoPE apply."""
+        """What is left out, and what the exported context decided: each sliding window that no artifact has because
+        the context fits into it, and which factors of LongRoPE apply."""
         context = self.graph.context_length
         windows = sorted({layer.window for layer in self.config.layers if layer.window is not None})
         rotations = [layer.rotary for layer in self.config.layers if isinstance(layer.rotary, LongRotary)]
         return (
+            *(() if self.left_out is None else (self.left_out,)),
             *(
                 f"sliding window {window} dropped: the context of {context} fits into it"
                 for window in windows

@@ -16,7 +16,9 @@ from pocketlm_export.checkpoint.generation import Generation, read_generation
 from pocketlm_export.checkpoint.low_rank import LowRankChange
 from pocketlm_export.checkpoint.neutral import NEUTRAL_KEYS, NEUTRAL_TENSORS
 from pocketlm_export.checkpoint.phi3small_tokenizer import VOCABULARY
+from pocketlm_export.checkpoint.renamed import RenamedFile
 from pocketlm_export.checkpoint.tensors import FLOAT_TYPES, TensorFile, foreign_format, open_shards
+from pocketlm_export.checkpoint.text_part import TextPart, find_text_part
 from pocketlm_export.fields import Fields, read_json
 from pocketlm_export.graph.graph import WeightInfo
 from pocketlm_export.selection import selected, tensor_of
@@ -24,9 +26,8 @@ from pocketlm_export.selection import selected, tensor_of
 __all__ = ["Checkpoint", "Tensors", "open_checkpoint", "read_configuration"]
 
 Floats = npt.NDArray[np.float32]
-TensorSource = TensorFile | ConstantVector
+TensorSource = TensorFile | RenamedFile | ConstantVector
 QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
-MULTIMODAL_KEYS = ("vision_config", "audio_config", "img_processor", "text_config", "thinker_config")
 OLD_PHI_KEYS = ("n_embd", "n_head", "n_layer", "n_inner", "n_positions")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEXT_LIKE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -129,7 +130,8 @@ class Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What an export needs to know of a checkpoint. ``adapter``: the folder whose changes ``tensors`` hold, or None."""
+    """What an export needs to know of a checkpoint. ``adapter``: the folder whose changes ``tensors`` hold, or None.
+    ``left_out``: in words, which parts of a multimodal one are not exported; None if it is text alone."""
 
     folder: Path
     config: DecoderConfig
@@ -138,6 +140,7 @@ class Checkpoint:
     tokenizer_files: Mapping[str, Path]
     license_files: Mapping[str, Path]
     adapter: Path | None = None
+    left_out: str | None = None
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -206,10 +209,11 @@ def open_checkpoint(folder: Path, accept: Collection[str] = ()) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder" if folder.exists() else f"{folder}: no such folder")
     _refuse_adapter(folder)
-    fields, config = read_configuration(folder, accept)
+    fields, config, part = _read_whole_configuration(folder, accept)
     generation_path = folder / "generation_config.json"
     generation = Fields(read_json(generation_path), str(generation_path)) if generation_path.exists() else None
-    files: dict[str, TensorSource] = {**open_shards(folder)}
+    shards = open_shards(folder)
+    files: dict[str, TensorSource] = {**(shards if part is None else part.tensors(shards))}
     if config.suppressed_ids:
         files[SUPPRESSING_BIAS] = suppressing_bias(folder / "config.json", SUPPRESSING_BIAS, config)
     tensors = Tensors(files)
@@ -220,30 +224,49 @@ def open_checkpoint(folder: Path, accept: Collection[str] = ()) -> Checkpoint:
         tensors=tensors,
         tokenizer_files=_tokenizer_files(folder, config.model_type),
         license_files={path.name: path for path in sorted(folder.iterdir()) if _is_license(path)},
+        left_out=None if part is None else part.left_out(shards),
     )
 
 
-def read_configuration(folder: Path, accept: Collection[str] = ()) -> tuple[Fields, DecoderConfig]:
-    """config.json of ``folder``, as fields and as what the model is made from; ``accept`` names keys to ignore.
+def read_configuration(folder: Path, accept: Collection[str] = ()) -> DecoderConfig:
+    """config.json of ``folder`` as what the model is made from; ``accept`` names keys to ignore.
 
     Raises :class:`CheckpointError` or :class:`UnsupportedError` naming the file and the key.
     """
+    _, config, _ = _read_whole_configuration(folder, accept)
+    return config
+
+
+def _read_whole_configuration(folder: Path, accept: Collection[str]) -> tuple[Fields, DecoderConfig, TextPart | None]:
+    """The text model's fields, what they mean, and, of a multimodal checkpoint, where they lay."""
     fields = _read_config(folder)
     _refuse_quantized(folder, fields)
+    part = find_text_part(fields, _model_type(fields))
+    if part is not None:
+        outer, fields = fields, part.configuration(fields)
+        _refuse_unread(outer, accept)
+        _refuse_quantized(folder, fields)
+    architecture = load_architecture(_model_type(fields), fields.source)
+    _check_head(fields)
+    config = architecture.configure(fields)
+    _refuse_unread(fields, accept)
+    return fields, config, part
+
+
+def _model_type(fields: Fields) -> str:
     model_type = fields.value("model_type")
     if not isinstance(model_type, str):
         raise fields.refuse("model_type", "is missing" if model_type is None else "must be a string")
-    _refuse_multimodal(fields, model_type)
-    architecture = load_architecture(model_type, fields.source)
-    _check_head(fields)
-    config = architecture.configure(fields)
+    return model_type
+
+
+def _refuse_unread(fields: Fields, accept: Collection[str]) -> None:
     unknown = [key for key in fields.unread() if key not in NEUTRAL_KEYS and key not in accept]
     if unknown:
         raise CheckpointError(
             f"{fields.source}: unknown key {', '.join(map(repr, unknown[:3]))}: it may change the model. "
             f"If it doesn't: --accept {unknown[0]}"
         )
-    return fields, config
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -275,19 +298,6 @@ def _refuse_quantized(folder: Path, fields: Fields) -> None:
         raise CheckpointError(
             f"{folder}/hf_quant_config.json: the weights are already quantized: take the original checkpoint"
         )
-
-
-def _refuse_multimodal(fields: Fields, model_type: str) -> None:
-    part = next((key for key in MULTIMODAL_KEYS if key in fields), None)
-    if part is None:
-        return
-    text = fields.value("text_config")
-    inner = text.get("model_type") if isinstance(text, dict) else None
-    hint = f", whose model_type is {inner[:40]!r}" if isinstance(inner, str) else ""
-    raise UnsupportedError(
-        f"{fields.source}: model_type {model_type[:60]!r} is not supported: {part!r} says that it is multimodal. "
-        f"Save its text model{hint} as a checkpoint of its own, with names that begin with 'model.'"
-    )
 
 
 def _check_head(fields: Fields) -> None:

@@ -111,7 +111,7 @@ def open_subject(
         if adapter is not None:
             raise InputError("an adapter is merged into the checkpoint: give that with --reference")
         bundle.check_files("config.json")
-        _, config = read_configuration(bundle.folder, accepted)
+        config = read_configuration(bundle.folder, accepted)
         return Subject(bundle, build_graph(config, manifest.model.context_length))
     checkpoint = open_checkpoint(locate(reference), accepted)
     if adapter is not None:

@@ -9,6 +9,9 @@ from pocketlm.session import Session, TextBundle
 
 __all__ = ["chat"]
 
+# A template of a multimodal model would write a placeholder for it, and no bundle has the part that fills it.
+NOT_TEXT = ("image", "image_url", "audio", "input_audio", "video")
+
 
 def chat(
     session_or_bundle: Session | TextBundle,
@@ -74,5 +77,7 @@ def _check_messages(messages: Sequence[Mapping[str, object]]) -> None:
         for part in [] if isinstance(content, str) else content:
             if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
                 raise InputError(f"messages[{index}]: a part must be an object with a type, not {part!r}")
+            if part["type"] in NOT_TEXT:
+                raise InputError(f"messages[{index}]: a part of type {part['type']!r}: bundles take text alone")
             if part["type"] == "text" and not isinstance(part.get("text"), str):
                 raise InputError(f"messages[{index}]: a part of type text must have a text, not {part.get('text')!r}")
