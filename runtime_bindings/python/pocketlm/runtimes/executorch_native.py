@@ -1,5 +1,7 @@
 """Sessions over a .pte through PocketLM's native library: no torch, load options, a trace of what ran."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,7 @@ def open_session(
     choose_threads(threads, thread_count(), thread_count)
     if not packed:
         return NativeSession(artifact, profile=profile)
-    with packed_weights(artifact, _version(), lambda file: _load(artifact, file).close()) as weights:
+    with packed_weights(artifact, _version(), lambda file: _pack(artifact, file)) as weights:
         return NativeSession(artifact, weights, profile)
 
 
@@ -56,7 +58,8 @@ class NativeSession(Session):
         )
         self.description = f"ExecuTorch {_version()}, native session"
         self._profile = profile
-        self._program = _load(artifact, weights, profile=profile is not None)
+        self._program = _open(artifact, weights, profile=profile is not None)
+        _load(artifact, self._program)
         open_sessions.add(self)
 
     def _run(self, tokens: npt.NDArray[np.int64], position: int, rows: int) -> npt.NDArray[np.float32]:
@@ -80,14 +83,32 @@ def _version() -> str:
     return built_for(load_library())
 
 
-def _load(artifact: Artifact, weights: Path | None, *, profile: bool = False) -> Program:
+def _open(artifact: Artifact, weights: Path | None, *, profile: bool = False) -> Program:
     check_header(artifact)
-    try:
+    with _named(artifact):
         program = Program(artifact.path, packed_weights=weights, profile=profile)
         check_signature(artifact, *program.signature(METHOD))
-        program.load(METHOD)
-    except PocketLMError as error:
-        if isinstance(error, BundleError):
-            raise
-        raise BundleError(f"{artifact.path}: ExecuTorch can't load it: {error}") from error
     return program
+
+
+def _load(artifact: Artifact, program: Program) -> str:
+    with _named(artifact):
+        return program.load(METHOD)
+
+
+def _pack(artifact: Artifact, weights: Path) -> str:
+    """Write ``weights``; returns what ExecuTorch complained of."""
+    program = _open(artifact, weights)
+    complaints = _load(artifact, program)
+    program.close()
+    return complaints
+
+
+@contextmanager
+def _named(artifact: Artifact) -> Iterator[None]:
+    try:
+        yield
+    except BundleError:
+        raise
+    except PocketLMError as error:
+        raise BundleError(f"{artifact.path}: ExecuTorch can't load it: {error}") from error

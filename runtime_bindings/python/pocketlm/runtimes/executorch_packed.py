@@ -21,11 +21,12 @@ LONGEST_PATH = 255  # bytes that a load option of ExecuTorch holds
 
 
 @contextmanager
-def packed_weights(artifact: Artifact, executorch: str, load_with: Callable[[Path], None]) -> Iterator[Path]:
+def packed_weights(artifact: Artifact, executorch: str, pack: Callable[[Path], str]) -> Iterator[Path]:
     """The file of the artifact's packed weights, which is made if there is none; no process removes it meanwhile.
 
-    ``executorch``: its version. ``load_with`` loads the program with that file and frees it again. Raises
-    :class:`InputError` if the cache can't be written or has too little space, and what ``load_with`` raises.
+    ``executorch``: its version. ``pack`` loads the program with that file, frees it, and returns what ExecuTorch
+    complained of. Raises :class:`InputError` if the cache can't be written or has too little space, and what ``pack``
+    raises.
     """
     name = artifact.path.name
     recipe = Recipe(
@@ -33,7 +34,7 @@ def packed_weights(artifact: Artifact, executorch: str, load_with: Callable[[Pat
         runtime={"executorch": executorch},
         files=(PACKED_FILE,),
         needed_space=NEEDED_SPACE,
-        make=lambda folder: _make(folder / PACKED_FILE, load_with),
+        make=lambda folder: _make(folder / PACKED_FILE, pack),
     )
     with packed_copy(recipe) as folder:
         file = folder / PACKED_FILE
@@ -41,11 +42,11 @@ def packed_weights(artifact: Artifact, executorch: str, load_with: Callable[[Pat
         yield file
 
 
-def _make(file: Path, load_with: Callable[[Path], None]) -> None:
+def _make(file: Path, pack: Callable[[Path], str]) -> None:
     _check_length(file)
-    load_with(file)
-    if not file.exists() or file.stat().st_size == 0:  # XNNPACK packs into memory then, and says nothing
-        raise unwritable(packed_folder(), "XNNPACK could not write its file")
+    complaints = pack(file)
+    if complaints or not file.exists():  # what has no place in the file is packed into memory
+        raise unwritable(packed_folder(), complaints.partition("; ")[0] or "XNNPACK wrote nothing")
 
 
 def _check_length(file: Path) -> None:
