@@ -45,7 +45,8 @@ def layers(builder: Any, *steps: tuple[str, int]) -> Callable[..., list[Any]]:
     def body(x: Any, cache: Any) -> list[Any]:
         weights = {name: weight(builder, name) for name in dict.fromkeys(name for name, _ in steps)}
         for name, row in steps:
-            x = builder.tanh(x=accumulate(builder, builder.linear(x=x, weight=weights[name]), cache, row))
+            mixed = accumulate(builder, builder.linear(x=x, weight=weights[name]), cache, row)
+            x = builder.tanh(x=mixed, name=f"tanh_{row}")
         return [builder.mul(x=x, y=np.float16(2), name="y")]
 
     return body
@@ -145,3 +146,14 @@ def test_errors_are_those_of_predict(package: Path) -> None:
     with pytest.raises(InputError, match="state 'cache' is an array of another state too"):
         interpreter.predict_together([Request(inputs(i), dict(held), "three") for i in range(2)])
     assert interpreter.predict_together([]) == []
+
+
+def test_values_on_the_way_are_given_where_they_are_asked_for(package: Path) -> None:
+    interpreter = Interpreter(package, "float32")
+    plain = interpreter.predict(inputs(0), interpreter.make_state(), "three")
+    asked = Request(inputs(0), interpreter.make_state(), "three", ("tanh_0",))
+    (results,) = interpreter.predict_together([asked])
+    assert results.keys() == plain.keys() | {"tanh_0"}
+    assert np.abs(results["tanh_0"]).max() <= 1
+    with pytest.raises(InputError, match="'x' is not a value that the function computes"):
+        interpreter.predict_together([Request(inputs(0), interpreter.make_state(), "three", ("x",))])

@@ -25,12 +25,16 @@ from tests.verify.fault_places import (
     scale_places,
 )
 
-__all__ = ["FAULTS", "Place", "Rows", "places"]
+__all__ = ["FAULTS", "Place", "Rows", "functions_of", "places", "scoped"]
 
 
 def places(fault: str, package: Path, manifest: Manifest) -> list[Place]:
     """Every place of ``package`` that differs for ``fault``; none if it can't hold the fault."""
-    everywhere = PLACES[fault](package, manifest)
+    return scoped(PLACES[fault](package, manifest))
+
+
+def scoped(everywhere: list[Place]) -> list[Place]:
+    """These, in all functions, and the first of them in each function alone."""
     return [*everywhere, *(replace(place, scope=name) for place in everywhere[:1] for name in FUNCTIONS)]
 
 

@@ -13,8 +13,10 @@ __all__ = [
     "all_layers",
     "bias_places",
     "chosen_layers",
+    "expert_places",
     "int4_places",
     "kv_head_places",
+    "router_places",
     "scale_places",
 ]
 
@@ -86,6 +88,32 @@ def kv_head_places(target: str, manifest: Manifest) -> list[Place]:
         rows = tuple(_rows_of(target, manifest, name) for name in sides)
         found.append(Place(layer, f"{manifest.model.kv_heads} heads", rows))
     return found
+
+
+def expert_places(target: str, manifest: Manifest) -> list[Place]:
+    """The first two experts' rows of each matrix of the chosen layers."""
+    found = []
+    for layer in chosen_layers(_layers_with(manifest, ".experts.0.")):
+        for name in manifest.weights:
+            if _layer_of(name) == layer and ".experts.0." in name:
+                pair = name, name.replace(".experts.0.", ".experts.1.")
+                rows = tuple(_rows_of(target, manifest, each) for each in pair)
+                found.append(Place(layer, name.split(".")[-2], rows))
+    return found
+
+
+def router_places(target: str, manifest: Manifest) -> list[Place]:
+    """The first two rows of the routers of the chosen layers."""
+    found = []
+    for layer in chosen_layers(_layers_with(manifest, ".gate.weight")):
+        (name,) = (name for name in manifest.weights if _layer_of(name) == layer and name.endswith(".gate.weight"))
+        entry, start, _ = _rows_of(target, manifest, name)
+        found.append(Place(layer, "router", (Rows(entry, start, start + 1), Rows(entry, start + 1, start + 2))))
+    return found
+
+
+def _layers_with(manifest: Manifest, part: str) -> list[int]:
+    return sorted({_layer_of(name) for name in manifest.weights if part in name})
 
 
 def _rows_of(target: str, manifest: Manifest, name: str) -> Rows:

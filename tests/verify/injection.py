@@ -5,11 +5,12 @@ what a broken writer would leave.
 """
 
 import hashlib
-import importlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pocketlm.bundle import Bundle, open_bundle
@@ -19,14 +20,18 @@ __all__ = ["copied_with_fault", "faults", "places_of", "sealed"]
 Fault = Callable[[Path, Any], None]
 
 
+# Of every model, of mixtures of experts, and of block-sparse attention.
+KINDS = ("faults", "expert_faults", "sparsity_faults")
+
+
 def faults(target: str) -> Mapping[str, Fault]:
     """The faults that an artifact of ``target`` can hold, by name."""
-    return importlib.import_module(f"tests.verify.{target}_faults").FAULTS
+    return {name: fault for module in _modules(target) for name, fault in module.FAULTS.items()}
 
 
 def places_of(target: str, fault: str, bundle: Bundle) -> list[Any]:
     """Every place of the bundle's artifact that differs for ``fault``."""
-    module = importlib.import_module(f"tests.verify.{target}_faults")
+    module = next(module for module in _modules(target) if fault in module.FAULTS)
     return module.places(fault, _edited(target, bundle.folder, bundle), bundle.manifest)
 
 
@@ -37,6 +42,11 @@ def copied_with_fault(bundle: Bundle, target: str, fault: str, place: Any, folde
     faults(target)[fault](_edited(target, folder, bundle), place)
     _seal(folder)
     return open_bundle(folder)
+
+
+def _modules(target: str) -> list[ModuleType]:
+    names = [f"tests.verify.{target}_{kind}" for kind in KINDS]
+    return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
 
 
 def sealed(bundle: Bundle, folder: Path, files: Mapping[str, bytes]) -> Bundle:

@@ -104,12 +104,17 @@ class Run:
 class Trace:
     """What one run gave. ``logits``: for each call ``[call.rows, vocabulary]``. ``keys`` and ``values``: for each layer
     ``[kv_heads, positions, head_dim]``, the rows that the run's own tokens added, as cached (keys rotated); empty where
-    the caches can't be seen.
+    the caches can't be seen. ``experts``: for each mixture of experts the numbers of those that each position chose,
+    ``[positions, chosen]``; empty where the choices can't be seen. ``conceded``: where another's choices were
+    given, for each mixture how far they fall short of this computation's own, ``[positions]``: the score of the best
+    expert left out less that of the last one chosen, over the deviation of the scores; 0 where they are the same.
     """
 
     logits: list[Array] = field(default_factory=list)
     keys: list[Array] = field(default_factory=list)
     values: list[Array] = field(default_factory=list)
+    experts: list[Array] = field(default_factory=list)
+    conceded: list[Array] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,15 @@ from pocketlm_export.verify.levels import (
 from pocketlm_export.verify.lockstep import Lane, WeightSource, run_lanes
 from pocketlm_export.verify.structure import Structure, Values, check_structure
 
-__all__ = ["EXACT_LANE", "Artifact", "judge_artifact", "open_artifact", "reference_lanes", "refused_artifact"]
+__all__ = [
+    "EXACT_LANE",
+    "Artifact",
+    "judge_artifact",
+    "judge_emulation",
+    "open_artifact",
+    "reference_lanes",
+    "refused_artifact",
+]
 
 EXACT_LANE, EAGER, SIMULATED = "float64", "float32", "float32 with int8 activations"
 Stage = Callable[[str, int], None]
@@ -125,6 +133,23 @@ def judge_artifact(
     return TargetCertificate(levels=levels, notes=list(reader.notes))
 
 
+def judge_emulation(
+    artifact: Artifact, graph: Graph, runs: Sequence[Run], exact: Sequence[Trace], weights: WeightSource
+) -> Level | None:
+    """Level 5 by the reader's emulation of ``runs``; None where a session runs the artifact.
+
+    ``exact``: the float64 reference's traces. One that follows choices of experts takes a second pass.
+    """
+    emulated = artifact.reader.emulate(runs)
+    if emulated is None:
+        return None
+    followed = exact
+    if emulated[0].experts:
+        lane = Lane(name=EXACT_LANE, runs=runs, weights=weights, stored=artifact.reader.stored, followed=emulated)
+        followed = run_lanes(graph, [lane])[EXACT_LANE]
+    return emulated_level(exact, emulated, followed)
+
+
 def _whole_level(
     artifact: Artifact,
     graph: Graph,
@@ -137,9 +162,9 @@ def _whole_level(
     """The artifact chooses; one pass of the reference scores its choices. What is too large for a session runs in
     parts, for which all tokens must be known: it chooses at every judged position of the texts."""
     texts = exact[: len(runs.texts)]
-    emulated = artifact.reader.emulate(runs.texts)
+    emulated = judge_emulation(artifact, graph, runs.texts, texts, weights)
     if emulated is not None:
-        return emulated_level(texts, emulated)
+        return emulated
     simulated = traces.get(SIMULATED)
     floor = eager[: len(runs.texts)] if simulated is None else simulated
     parts = artifact.reader.in_parts(runs.texts)

@@ -20,6 +20,7 @@ from pocketlm_export.verify.thresholds import (
     KERNEL_ROW,
     KERNEL_WORST,
     REGRET,
+    ROUTER_TIE,
     WHOLE_KL,
     WHOLE_RMS,
     check,
@@ -152,11 +153,25 @@ def whole_level(
     return level(5, checks, {**_likeness_facts(found), **facts})
 
 
-def emulated_level(reference: Sequence[Trace], emulated: Sequence[Trace]) -> Level:
-    """Level 5 where the runtime exists nowhere here: the interpreter in the artifact's own precision."""
+def emulated_level(reference: Sequence[Trace], emulated: Sequence[Trace], followed: Sequence[Trace]) -> Level:
+    """Level 5 where the runtime exists nowhere here: the interpreter in the artifact's own precision.
+
+    ``followed``: the reference that follows the artifact's choices of experts at near ties; ``reference`` itself where
+    there are no experts. What rounding chooses at a near tie changes its position and, through the cache, all behind
+    it, by no fault and to no limit. Followed, every position has to agree, and any other wrong choice shows.
+    """
     found = likeness(reference, emulated)
     facts: Facts = {**_likeness_facts(found), "runtime": "interpreter"}
-    return level(5, [check(FLOAT16_LARGEST, found.largest)], facts)
+    checks = [check(FLOAT16_LARGEST, likeness(followed, emulated).largest)]
+    conceded = [np.stack(trace.conceded) for trace in followed if trace.conceded]  # [mixtures, positions]
+    if conceded:
+        margins = np.concatenate(conceded, axis=1)
+        excused = (margins > 0) & (margins <= ROUTER_TIE.limit)
+        facts["choices of experts"] = margins.size
+        facts["followed at a near tie"] = int(excused.sum())
+        facts["positions with such a tie"] = int(excused.any(0).sum())
+        facts["others that differ"] = int((margins > ROUTER_TIE.limit).sum())
+    return level(5, checks, facts)
 
 
 def _likeness_facts(found: Likeness) -> Facts:

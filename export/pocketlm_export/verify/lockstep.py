@@ -35,7 +35,8 @@ from pocketlm_export.graph.graph import (
 )
 from pocketlm_export.graph.rotary import Rotary, rotary_tables
 from pocketlm_export.quantization.schemes import SchemeRow
-from pocketlm_export.verify.operators import attend, choose_experts, layer_norm, normalize, pointwise
+from pocketlm_export.verify.operators import attend, layer_norm, normalize, pointwise, share_experts
+from pocketlm_export.verify.thresholds import ROUTER_TIE
 
 __all__ = ["Lane", "WeightSource", "run_lanes"]
 
@@ -61,7 +62,8 @@ class WeightSource(Protocol):
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class Lane:
     """One way to compute ``runs``: on ``weights``, in ``dtype``, with constants as ``stored`` says, and with the inputs
-    of quantized linears rounded where ``round_activations`` is given."""
+    of quantized linears rounded where ``round_activations`` is given. ``followed``: for each run a trace whose choices
+    of experts are taken where they are near ties."""
 
     name: str
     runs: Sequence[Run]
@@ -69,6 +71,7 @@ class Lane:
     dtype: torch.dtype = torch.float64
     stored: StoredConstants = EXACT
     round_activations: Callable[[str, Floats], Floats] | None = None
+    followed: Sequence[Trace] | None = None
 
 
 def run_lanes(graph: Graph, lanes: Sequence[Lane]) -> dict[str, list[Trace]]:
@@ -120,8 +123,10 @@ def _multiply_weights(node: Linear, states: Sequence["_State"]) -> None:
 def _mix_experts(node: MixtureOfExperts, states: Sequence["_State"]) -> None:
     """Expert by expert; each sees the rows that chose it."""
     inputs = [state.values[node.x] for state in states]
+    scores = _products(node.router, states, inputs)
     shares = [
-        choose_experts(scores, node.chosen, node.renormalize) for scores in _products(node.router, states, inputs)
+        share_experts(each, state.choose(each, node.chosen), node.renormalize)
+        for state, each in zip(states, scores, strict=True)
     ]
     results = [torch.zeros_like(x) for x in inputs]
     for index, (gate, up, down) in enumerate(zip(node.gates, node.ups, node.downs, strict=True)):
@@ -162,6 +167,13 @@ def _by_weights(states: Sequence["_State"], name: str) -> list[list[int]]:
         value = lane.stored.value if lane.weights.row(name) is None else None
         groups.setdefault((id(lane.weights), lane.dtype, value), []).append(index)
     return list(groups.values())
+
+
+def _conceded(scores: Tensor, experts: Tensor) -> Tensor:
+    """See :class:`Trace`."""
+    last = scores.gather(-1, experts).amin(-1)
+    best = scores.scatter(-1, experts, -torch.inf).amax(-1)
+    return (best - last).clamp(min=0) / (float(scores.std(correction=0)) or 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +243,25 @@ class _State:
         """Logits are computed where they are compared only."""
         rows = [row for span in self.spans for row in range(span.stop - span.judged, span.stop)]
         self.values[x] = self.values[x][rows]
+
+    def choose(self, scores: Tensor, chosen: int) -> Tensor:
+        """``[rows, E]`` -> the experts of each row, ``[rows, chosen]``: noted in the traces, with what the choices that
+        could be followed concede."""
+        experts = torch.topk(scores, chosen).indices
+        if self.lane.followed is not None:
+            mixture = len(self.traces[0].experts)
+            given = torch.from_numpy(np.concatenate([trace.experts[mixture] for trace in self.lane.followed])).long()
+            conceded = _conceded(scores, given)
+            self._share_out("conceded", conceded)
+            experts = torch.where(conceded[:, None] <= ROUTER_TIE.limit, given, experts)
+        self._share_out("experts", experts)
+        return experts
+
+    def _share_out(self, name: str, rows: Tensor) -> None:
+        """To each run's trace the rows of its tokens."""
+        parts = rows.split([len(run.tokens) for run in self.lane.runs])
+        for trace, part in zip(self.traces, parts, strict=True):
+            getattr(trace, name).append(part.numpy())
 
     def finish(self, logits: Value) -> list[Trace]:
         rows, first = self.values[logits].numpy(), 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pocketlm_export.graph.graph import Activation, Add, BlockSparsity, Clamp, Multiply, Scale, Value
 
-__all__ = ["Pointwise", "attend", "choose_experts", "layer_norm", "normalize", "pointwise"]
+__all__ = ["Pointwise", "attend", "choose_experts", "layer_norm", "normalize", "pointwise", "share_experts"]
 
 Pointwise = Add | Multiply | Scale | Clamp | Activation
 
@@ -56,11 +56,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, r
 
 def choose_experts(scores: Tensor, chosen: int, renormalize: bool) -> Tensor:
     """Router scores ``[S, E]`` -> the weight of each expert ``[S, E]``, zero where it isn't chosen."""
+    return share_experts(scores, torch.topk(scores, chosen).indices, renormalize)
+
+
+def share_experts(scores: Tensor, experts: Tensor, renormalize: bool) -> Tensor:
+    """As :func:`choose_experts`, but for the choice: ``experts`` are the numbers of the chosen, ``[S, chosen]``."""
     weights = scores.softmax(-1)
-    top, experts = torch.topk(weights, chosen)
+    shares = weights.gather(-1, experts)
     if renormalize:
-        top = top / top.sum(-1, keepdim=True)
-    return torch.zeros_like(weights).scatter_(-1, experts, top)
+        shares = shares / shares.sum(-1, keepdim=True)
+    return torch.zeros_like(weights).scatter_(-1, experts, shares)
 
 
 def _rotate(x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:

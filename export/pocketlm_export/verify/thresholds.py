@@ -17,6 +17,7 @@ __all__ = [
     "KERNEL_WORST",
     "ORACLE_RMS",
     "REGRET",
+    "ROUTER_TIE",
     "THRESHOLDS",
     "WHOLE_KL",
     "WHOLE_RMS",
@@ -83,6 +84,11 @@ FLOAT16_LARGEST = Threshold(
     5, "largest difference", 5e-2, None,
     "fp16 by the interpreter: 2e-2 at most was measured on correct models; an overflow is 1 and more, or not finite",
 )  # fmt: skip
+ROUTER_TIE = Threshold(
+    5, "near tie of two experts", 1e-2, None,
+    "their distance over the deviation of the router's scores: fp16 rounds what it computes by up to 1e-2 of its "
+    "deviation and may choose either; the reference follows that choice, and the largest difference is judged then",
+)  # fmt: skip
 ORACLE_RMS = Threshold(
     0, "root mean square", 10, "eager float32 against float64",
     "the oracle computes in float32: as at level 3",
@@ -90,7 +96,7 @@ ORACLE_RMS = Threshold(
 
 THRESHOLDS = (
     DIFFERING, GRAPH, FLOAT32_RMS, FLOAT32_PIECES, KERNEL_OUTLIERS, KERNEL_WORST, WHOLE_RMS, WHOLE_KL, REGRET,
-    FLOAT32_WHOLE_RMS, FLOAT32_REGRET, FLOAT16_LARGEST, ORACLE_RMS,
+    FLOAT32_WHOLE_RMS, FLOAT32_REGRET, FLOAT16_LARGEST, ROUTER_TIE, ORACLE_RMS,
 )  # fmt: skip
 
 

@@ -90,7 +90,8 @@ class CoreMLReader:
 
     def emulate(self, runs: Sequence[Run]) -> list[Trace]:
         """As shipped, in fp16. Raises :class:`pocketlm.CheckError` naming the operator that made infinity or NaN."""
-        return Runner(Interpreter(self._path, "float16", cache_bytes=0)).run(runs)
+        experts = {name: [e.indices for e in found.experts] for name, found in self._read_structures().items()}
+        return Runner(Interpreter(self._path, "float16", cache_bytes=0), experts).run(runs)
 
     def meaning(self, runs: Sequence[Run]) -> NotRun:  # noqa: ARG002
         """Only Core ML could tell."""

@@ -12,11 +12,12 @@ __all__ = ["WrittenExperts", "read_experts"]
 
 @dataclass(frozen=True, slots=True)
 class WrittenExperts:
-    """How many experts a token has, and whether their shares are divided by their sum; ``tables`` are the names of
-    those that count the rows of a matrix."""
+    """How many experts a token has, and whether their shares are divided by their sum; ``indices`` is the value that
+    says which, ``tables`` are the names of those that count the rows of a matrix."""
 
     chosen: int
     renormalize: bool
+    indices: str
     tables: tuple[str, ...]
 
 
@@ -36,7 +37,7 @@ def read_experts(walk: Walk) -> Iterator[WrittenExperts]:
             walk.expect(total, axes=[-1], keep_dims=True)
             quotient = walk.reader(total.outputs[0], "real_div")
             walk.same([*quotient.inputs["x"], values], "other shares divided by the sum")
-        yield WrittenExperts(chosen, bool(sums), tables)
+        yield WrittenExperts(chosen, bool(sums), indices, tables)
 
 
 def _row_tables(walk: Walk, indices: str, chosen: int) -> Iterator[str]:

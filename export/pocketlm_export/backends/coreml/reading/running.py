@@ -1,6 +1,6 @@
 """Runs of a package in the reference interpreter: the calls of several runs together, each weight decoded once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,14 @@ Array = npt.NDArray[Any]
 
 
 class Runner:
-    """Over a package with the states ``k_cache`` and ``v_cache`` ``[layers, kv_heads, context, head_dim]``."""
+    """Over a package with the states ``k_cache`` and ``v_cache`` ``[layers, kv_heads, context, head_dim]``.
 
-    def __init__(self, interpreter: Interpreter) -> None:
+    ``experts``: of each function, the values ``[1, S, chosen]`` that say which experts each mixture chose.
+    """
+
+    def __init__(self, interpreter: Interpreter, experts: Mapping[str, Sequence[str]] | None = None) -> None:
         self._interpreter = interpreter
+        self._experts = experts or {}
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -60,13 +64,17 @@ class Runner:
 
     def _run(self, runs: Sequence[Run]) -> Iterator[Trace]:
         states = [self._state(run) for run in runs]
-        requests = [request for run, state in zip(runs, states, strict=True) for request in _requests(run, state)]
-        results = iter(self._interpreter.predict_together(requests))
+        requests = [request for run, state in zip(runs, states, strict=True) for request in self._requests(run, state)]
+        results = iter(zip(requests, self._interpreter.predict_together(requests), strict=True))
         for run, state in zip(runs, states, strict=True):
-            logits = [_last(next(results)["logits"][0], call.rows) for call in run.calls]
+            logits: list[Array] = []
+            experts: list[list[Array]] = []
+            for call, (request, result) in zip(run.calls, results, strict=False):
+                logits.append(_last(result["logits"][0], call.rows))
+                experts.append([result[name][0] for name in request.also])
             rows = slice(run.start, run.start + len(run.tokens))
             keys, values = ([layer[:, rows].copy() for layer in state[name]] for name in (KEYS, VALUES))
-            yield Trace(logits, keys, values)
+            yield Trace(logits, keys, values, [np.concatenate(calls) for calls in zip(*experts, strict=True)])
 
     def _state(self, run: Run) -> dict[str, Array]:
         state = {name: untouched_zeros(self._shape, self._interpreter.held_dtype(name)) for name in (KEYS, VALUES)}
@@ -77,13 +85,13 @@ class Runner:
                     place[:, : run.past.positions] = past
         return state
 
-
-def _requests(run: Run, state: dict[str, Array]) -> Iterator[Request]:
-    position = run.start
-    for call in run.calls:
-        inputs = {"input_ids": np.array([call.tokens], np.int32), "position": np.array([position], np.int32)}
-        yield Request(inputs, state, function_of(len(call.tokens), call.rows))
-        position += len(call.tokens)
+    def _requests(self, run: Run, state: dict[str, Array]) -> Iterator[Request]:
+        position = run.start
+        for call in run.calls:
+            inputs = {"input_ids": np.array([call.tokens], np.int32), "position": np.array([position], np.int32)}
+            function = function_of(len(call.tokens), call.rows)
+            yield Request(inputs, state, function, tuple(self._experts.get(function, ())))
+            position += len(call.tokens)
 
 
 def _last(logits: Array, rows: int) -> Array:

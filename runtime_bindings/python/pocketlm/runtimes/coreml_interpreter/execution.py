@@ -61,7 +61,8 @@ def _reason(error: Exception) -> str:
 class Call:
     """``values`` begins as the inputs, as held; ``state`` and ``magnitudes`` are the caller's and are updated.
 
-    ``turn`` is its place among the calls that share ``state`` and run together; None for one that runs alone.
+    ``turn`` is its place among the calls that share ``state`` and run together; None for one that runs alone. ``also``:
+    computed values that are given beside the function's results.
     """
 
     program: Function
@@ -70,6 +71,7 @@ class Call:
     settings: Settings
     magnitudes: dict[str, float]
     turn: Turn | None = None
+    also: tuple[str, ...] = ()
 
     def run(self) -> dict[str, Array]:
         """The function's results, copied: what a later call writes doesn't reach them."""
@@ -93,8 +95,9 @@ class Call:
                 product = yield self._product(operation)
             self._execute(operation, product)
             for finished in operation.last_uses:
-                del self.values[finished]
-        results = {name: self._result(name) for name in self.program.outputs}
+                if finished not in self.also:
+                    del self.values[finished]
+        results = {name: self._result(name) for name in (*self.program.outputs, *self.also)}
         self.values.clear()
         return results
 

@@ -44,11 +44,13 @@ class InputDescription:
 
 @dataclass(frozen=True)
 class Request:
-    """A call to make, as :meth:`Interpreter.predict` takes it."""
+    """A call to make, as :meth:`Interpreter.predict` takes it. ``also`` names values that the function computes on the
+    way, which are given beside its results."""
 
     inputs: dict[str, Array]
     state: dict[str, Array]
     function: str | None = None
+    also: tuple[str, ...] = ()
 
 
 class Interpreter:
@@ -164,9 +166,12 @@ class Interpreter:
     def _call(self, request: Request, turn: Turn | None = None) -> Call:
         name = self._function_name(request.function)
         program = self._functions[name]
+        for value in request.also:
+            if value not in program.computed:
+                raise InputError(f"{name}: {value!r} is not a value that the function computes")
         self._check_state(program, request.state)
         inputs = self._held_inputs(name, request.inputs)
-        return Call(program, inputs, request.state, self._settings, self.magnitudes, turn)
+        return Call(program, inputs, request.state, self._settings, self.magnitudes, turn, request.also)
 
     def _held_inputs(self, function: str, inputs: dict[str, Array]) -> dict[str, Array]:
         expected = self._descriptions[function]
