@@ -3,7 +3,7 @@ against the float64 reference."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from pocketlm_export.graph.graph import (
     BlockSparsity,
     Clamp,
     Graph,
+    MixtureOfExperts,
     Multiply,
     RmsNorm,
     Scale,
@@ -45,12 +46,18 @@ FLOAT32 = 3e-5
 
 
 @pytest.fixture(scope="module")
-def lowering(tiny_checkpoint, tmp_path_factory) -> Lowering:
-    checkpoint = open_checkpoint(tiny_checkpoint("qwen3-biases")[0])
-    graph = build_graph(checkpoint.config, checkpoint.config.context_length)
-    store = WeightStore(tmp_path_factory.mktemp("store"))
-    weights = quantize(checkpoint.tensors, assign_rows(graph, "fp32", "int8"), store)
-    return Lowering(graph, weights, checkpoint.config, checkpoint.generation, checkpoint.tokenizer_files)
+def lowered(tiny_checkpoint, tmp_path_factory) -> Callable[[str], Lowering]:
+    """What to lower of a row of the table, in float32."""
+
+    @cache
+    def lowering(row: str) -> Lowering:
+        checkpoint = open_checkpoint(tiny_checkpoint(row)[0])
+        graph = build_graph(checkpoint.config, checkpoint.config.context_length)
+        store = WeightStore(tmp_path_factory.mktemp("store"))
+        weights = quantize(checkpoint.tensors, assign_rows(graph, "fp32", "int8"), store)
+        return Lowering(graph, weights, checkpoint.config, checkpoint.generation, checkpoint.tokenizer_files)
+
+    return lowering
 
 
 ALTERATIONS: dict[str, Callable[[Graph], Graph]] = {
@@ -83,6 +90,23 @@ ALTERATIONS: dict[str, Callable[[Graph], Graph]] = {
     ),
     **{kind: lambda graph, kind=kind: altered(graph, Activation, kind=kind) for kind in backend.ACTIVATIONS},
 }
+EXPERTS: dict[str, Callable[[Graph], Graph]] = {
+    "as they are": lambda graph: graph,
+    "one, alone": lambda graph: altered(graph, MixtureOfExperts, chosen=1, renormalize=True),
+    "one with its share": lambda graph: altered(graph, MixtureOfExperts, chosen=1, renormalize=False),
+    "all": lambda graph: altered(graph, MixtureOfExperts, chosen=8, renormalize=False),
+    "all in one layer": lambda graph: replace(
+        graph, nodes=tuple(replace(n, chosen=8) if n is last_experts(graph) else n for n in graph)
+    ),
+}
+CASES = [
+    *(pytest.param("qwen3-biases", change, id=name) for name, change in ALTERATIONS.items()),
+    *(pytest.param("qwen3-moe", change, id=f"experts {name}") for name, change in EXPERTS.items()),
+]
+
+
+def last_experts(graph: Graph) -> MixtureOfExperts:
+    return [node for node in graph if isinstance(node, MixtureOfExperts)][-1]
 
 
 def write(lowering: Lowering, graph: Graph, folder: Path) -> ExecuTorchReader:
@@ -100,9 +124,10 @@ def largest(reference, traces) -> float:
     return max(deviation.largest for deviation in found)
 
 
-@pytest.mark.parametrize("alteration", ALTERATIONS)
-def test_every_attribute_means_what_the_graph_says(alteration, lowering, tmp_path):
-    graph = ALTERATIONS[alteration](lowering.graph)
+@pytest.mark.parametrize(("row", "change"), CASES)
+def test_every_attribute_means_what_the_graph_says(row, change, lowered, tmp_path):
+    lowering = lowered(row)
+    graph = change(lowering.graph)
     reader = write(lowering, graph, tmp_path)
     stated = {(fact.node, fact.name): fact.value for fact in reader.facts()}
     wanted = expected(graph, reader.stored)

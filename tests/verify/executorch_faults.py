@@ -20,6 +20,7 @@ from pocketlm_export.backends.executorch.reading.kernels import UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.payload import PayloadNode
 from pocketlm_export.backends.executorch.reading.pte import PteFile
 from pocketlm_export.backends.executorch.reading.steps import DelegateStep, KernelStep
+from tests.verify import executorch_expert_faults as experts
 from tests.verify.executorch_rewriting import Rewriting, reader_of, stored_codes, stored_scales
 from tests.verify.fault_places import (
     Place,
@@ -349,6 +350,7 @@ FAULTS: Mapping[str, Callable[[Path, Place], None]] = {
     "soft cap ignored": ignore_soft_cap,
     "key/value heads paired wrongly": reverse_kv_heads,
     "lm head untied": untie_head,
+    **experts.FAULTS,
 }
 
 PLACES: Mapping[str, Callable[[PteFile, Manifest], list[Place]]] = {
@@ -365,4 +367,5 @@ PLACES: Mapping[str, Callable[[PteFile, Manifest], list[Place]]] = {
     "soft cap ignored": capped_layers,
     "key/value heads paired wrongly": lambda _, manifest: kv_head_places("executorch", manifest),
     "lm head untied": head_places,
+    **experts.PLACES,
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm_export.backends.executorch.importing import schema
+from pocketlm_export.backends.executorch.importing import ScalarType, schema
 from pocketlm_export.backends.executorch.reading.payload import NAMED, Payload, PayloadConstant, payload_bytes
 from pocketlm_export.backends.executorch.reading.pte import DTYPES, PteFile
 from pocketlm_export.backends.executorch.reading.rebuilding import Segment, program_bytes
@@ -79,6 +79,12 @@ class Rewriting:
         self.forward = next(plan for plan in self.program.execution_plan if plan.name == "forward")
         self.instructions = self.forward.chains[0].instructions
         self._written = list(self.instructions)
+        # Instructions move when others come between them: a jump leads to one of those that were written.
+        self._destinations = [
+            (instruction.instr_args, self._written[instruction.instr_args.destination_instruction])
+            for instruction in self._written
+            if isinstance(instruction.instr_args, schema.JumpFalseCall)
+        ]
         self._tables: dict[int, dict[str, Any]] = {}
         self._added: list[Segment] = []
         self._constants: list[tuple[int, bytes]] = []
@@ -94,13 +100,41 @@ class Rewriting:
         call = schema.KernelCall(op_index=names.index(operator), args=arguments)
         self.instructions.insert(position, schema.Instruction(call))
 
+    def jump(self, position: int, condition: int, step: int) -> None:
+        """A further instruction at ``position``: to step ``step`` of the written file where ``condition`` is false."""
+        jump = schema.JumpFalseCall(cond_value_index=condition, destination_instruction=0)
+        self.instructions.insert(position, schema.Instruction(jump))
+        self._destinations.append((jump, self._written[step]))
+
+    def lead(self, jump: int, step: int) -> None:
+        """Let the jump that is step ``jump`` of the written file lead to its step ``step`` where its condition is
+        false; where it is true the next instruction follows, as ever."""
+        call = self._written[jump].instr_args
+        self._destinations = [(c, self._written[step] if c is call else to) for c, to in self._destinations]
+
+    def constant(self, content: np.ndarray, dtype: ScalarType) -> int:
+        """A further constant of the program."""
+        where = self.program.constant_segment
+        self._constants.append((len(where.offsets), content.tobytes()))
+        tensor = schema.Tensor(
+            scalar_type=dtype, storage_offset=0, sizes=list(content.shape), dim_order=list(range(content.ndim)),
+            requires_grad=False, layout=0, data_buffer_idx=len(where.offsets), allocation_info=None,
+            shape_dynamism=schema.TensorShapeDynamism.STATIC,
+        )  # fmt: skip
+        where.offsets.append(0)
+        return self.value(tensor)
+
     def call(self, step: Step) -> Any:
         """The call that is a step of the written file."""
         return self._written[self.file.steps.index(step)].instr_args
 
     def position_of(self, step: Step) -> int:
         """Where a step of the written file is now."""
-        written = self._written[self.file.steps.index(step)]
+        return self.position_at(self.file.steps.index(step))
+
+    def position_at(self, number: int) -> int:
+        """Where step ``number`` of the written file is now."""
+        written = self._written[number]
         return next(i for i, instruction in enumerate(self.instructions) if instruction is written)
 
     def graph(self, delegate: int) -> dict[str, Any]:
@@ -137,6 +171,8 @@ class Rewriting:
 
     def save(self) -> None:
         """Write the file."""
+        for jump, written in self._destinations:
+            jump.destination_instruction = next(i for i, item in enumerate(self.instructions) if item is written)
         for delegate, graph in self._tables.items():
             self.forward.delegates[delegate].processed.index = self._segment(payload_bytes(graph))
         if self._constants:

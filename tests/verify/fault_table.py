@@ -34,7 +34,13 @@ TARGETS = ("onnx", "executorch", "coreml")
 SOFT_CAP = 5.0
 # Query, key and value biases and windows on two of three layers; a tied head; soft caps, which no row of the table has.
 MODEL = "qwen2-window"
-MODELS = {"lm head untied": "qwen2", "soft cap ignored": "qwen2 with soft caps"}
+MODELS = {
+    "lm head untied": "qwen2",
+    "soft cap ignored": "qwen2 with soft caps",
+    **dict.fromkeys(
+        ("one expert less", "shares not divided by their sum", "experts in another order", "jumps inverted"), "mixtral"
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -264,5 +264,5 @@ def _fully_connected(file: PteFile, payload: Payload, node: PayloadNode, insides
     first = 0
     for inside, array in zip(insides, inputs, strict=True):
         count = array.size // width
-        inside[node.output] = y[first : first + count].reshape(*array.shape[:-1], -1)
+        inside[node.output] = y[first : first + count].reshape(*array.shape[:-1], matrix.shape[0])
         first += count

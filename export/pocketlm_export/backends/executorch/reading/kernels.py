@@ -15,11 +15,11 @@ from pocketlm_export.backends.executorch.reading.matrices import embedding_table
 from pocketlm_export.backends.executorch.reading.pte import PteFile
 from pocketlm_export.backends.executorch.reading.steps import KernelStep
 
-__all__ = ["ATTENTION", "DIVIDE", "KERNELS", "SLICE", "SUM", "TOP", "UPDATE_CACHE", "attend", "check_kernels"]
+__all__ = ["ATTENTION", "DIVIDE", "KERNELS", "SELECT", "SLICE", "SUM", "TOP", "UPDATE_CACHE", "attend", "check_kernels"]
 
 UPDATE_CACHE, ATTENTION = "llama::update_cache.out", "llama::custom_sdpa.out"
 SLICE = "aten::slice_copy.Tensor_out"
-TOP, SUM, DIVIDE = "aten::topk.values", "aten::sum.IntList_out", "aten::div.out"
+SELECT, TOP, SUM, DIVIDE = ("aten::select_copy.int_out", "aten::topk.values", "aten::sum.IntList_out", "aten::div.out")
 
 Array = npt.NDArray[Any]
 
@@ -31,8 +31,9 @@ def check_kernels(file: PteFile) -> None:
             continue
         if step.operator not in ARGUMENTS:
             raise UnsupportedError(f"{file.path}: operator {step.operator} is none that PocketLM writes")
-        if len(step.arguments) != ARGUMENTS[step.operator]:
-            raise BundleError(f"{file.path}: {step.operator} with {len(step.arguments)} arguments")
+        if len(step.arguments) != ARGUMENTS[step.operator] or len(step.results) != (2 if step.operator == TOP else 1):
+            counts = f"{len(step.arguments)} arguments and {len(step.results)} results"
+            raise BundleError(f"{file.path}: {step.operator} with {counts}")
         embedding_table(file, step)
         if step.operator == ATTENTION:
             _, _, _, _, mask, dropout, causal, _ = step.arguments
@@ -115,7 +116,7 @@ def _slice_copy(x: Array, dimension: int, start: int, stop: int, step: int) -> A
 
 
 KERNELS: Mapping[str, Callable[..., Any]] = {
-    "aten::select_copy.int_out": lambda x, dimension, index: np.take(x, index, dimension),
+    SELECT: lambda x, dimension, index: np.take(x, index, dimension),
     "aten::_local_scalar_dense": int,
     "aten::sym_size.int": lambda x, dimension: x.shape[dimension],
     SLICE: _slice_copy,
@@ -134,7 +135,7 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
 }
 
 ARGUMENTS: Mapping[str, int] = {
-    "aten::select_copy.int_out": 3,
+    SELECT: 3,
     "aten::_local_scalar_dense": 1,
     "aten::sym_size.int": 2,
     SLICE: 5,
