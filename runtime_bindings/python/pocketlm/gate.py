@@ -90,7 +90,7 @@ def _judge(comparison: Comparison, gate: Gate, figure: str) -> Iterator[GateVerd
     found = False
     for pair in comparison.pairs:
         if figure in pair.lost:
-            raise InputError(f"--gate {gate}: {pair.name}: only one of the results has {figure}")
+            raise InputError(f"--gate {gate}: {pair.name}: only one of the results has it")
         for ratio in pair.ratios:
             if ratio.figure == figure:
                 found = True
