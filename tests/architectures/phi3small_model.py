@@ -16,7 +16,39 @@ from torch.nn.functional import layer_norm, linear
 
 from tests.tiny_row import CONTEXT, Row
 
-__all__ = ["ROWS", "Phi3Small", "write_checkpoint"]
+__all__ = ["DEFAULTS", "ROWS", "Phi3Small", "write_checkpoint"]
+
+# What the released class means by a key that is absent.
+DEFAULTS = {
+    "vocab_size": 100352,
+    "hidden_size": 4096,
+    "ff_intermediate_size": 14336,
+    "ff_dim_multiplier": None,
+    "gegelu_limit": 20.0,
+    "gegelu_pad_to_256": True,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "layer_norm_epsilon": 1e-5,
+    "hidden_act": "gegelu",
+    "tie_word_embeddings": True,
+    "rope_embedding_base": 1e6,
+    "rope_position_scale": 1.0,
+    "rope_scaling": None,
+    "mup_use_scaling": True,
+    "mup_attn_multiplier": 1.0,
+    "mup_embedding_multiplier": 10.0,
+    "mup_width_multiplier": 8.0,
+    "blocksparse_block_size": 64,
+    "blocksparse_num_local_blocks": 16,
+    "blocksparse_vert_stride": 8,
+    "blocksparse_homo_head_pattern": False,
+    "dense_attention_every_n_layers": 2,
+    "attention_dropout_prob": 0.0,
+    "embedding_dropout_prob": 0.1,
+    "ffn_dropout_prob": 0.1,
+}
 
 # Two blocks of 16 positions near the query, and every fourth one.
 BASE = {
@@ -166,14 +198,14 @@ class Phi3Small:
     """
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], context: int | None = None) -> None:
-        self.config = config
+        self.config = {**DEFAULTS, **config}
         self.tensors = tensors
-        self.context = context or config["max_position_embeddings"]
+        self.context = context or self.config["max_position_embeddings"]
         self.hidden, self.heads, self.kv_heads = (
-            config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+            self.config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
         )
         self.head_dim = self.hidden // self.heads
-        self.embedding_scale = config.get("mup_embedding_multiplier", 10.0) or 1.0
+        self.embedding_scale = self.config["mup_embedding_multiplier"] or 1.0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the file."""
@@ -204,12 +236,12 @@ class Phi3Small:
             x = x + self.attention(self.norm(x, f"{name}.input_layernorm"), f"{name}.self_attn", layer)
             x = x + self.mlp(self.norm(x, f"{name}.post_attention_layernorm"), f"{name}.mlp")
         logits = self.norm(x, "model.final_layernorm") @ table.T
-        return SimpleNamespace(logits=logits[None] / (self.config.get("mup_width_multiplier", 8.0) or 1.0))
+        return SimpleNamespace(logits=logits[None] / (self.config["mup_width_multiplier"] or 1.0))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """With weight and bias."""
         weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
-        return layer_norm(x, (self.hidden,), weight, bias, self.config.get("layer_norm_epsilon", 1e-5))
+        return layer_norm(x, (self.hidden,), weight, bias, self.config["layer_norm_epsilon"])
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         """With a bias."""
@@ -219,8 +251,8 @@ class Phi3Small:
         """One head after the other."""
         fused = self.linear(x, f"{name}.query_key_value").split(self.head_dim, dim=1)
         group = self.heads // self.kv_heads
-        scale = self.config.get("mup_attn_multiplier", 1.0) / self.head_dim
-        if not self.config.get("mup_use_scaling", True):
+        scale = self.config["mup_attn_multiplier"] / self.head_dim
+        if not self.config["mup_use_scaling"]:
             scale = 1 / math.sqrt(self.head_dim)
         made = []
         for head in range(self.heads):
@@ -234,12 +266,12 @@ class Phi3Small:
     def seen(self, length: int, layer: int, head: int) -> Tensor:
         """``[S, S]``: whether a query, the row, sees a key, position by position."""
         config = self.config
-        every = config.get("dense_attention_every_n_layers", 2)
+        every = config["dense_attention_every_n_layers"]
         dense = bool(every) and (layer + 1) % every == 0
         size, local, stride = (
             config[f"blocksparse_{key}"] for key in ("block_size", "num_local_blocks", "vert_stride")
         )
-        shift = 0 if config.get("blocksparse_homo_head_pattern", False) else head * max(1, int(stride / self.heads))
+        shift = 0 if config["blocksparse_homo_head_pattern"] else head * max(1, int(stride / self.heads))
 
         def sees(query: int, key: int) -> bool:
             near = query // size - key // size < local
@@ -250,10 +282,12 @@ class Phi3Small:
     def rotated(self, x: Tensor) -> Tensor:
         """Element ``i`` of ``[S, head_dim]`` turns with element ``i + head_dim / 2``."""
         config, half = self.config, self.head_dim // 2
-        angles = torch.arange(len(x), dtype=torch.float32) * config.get("rope_position_scale", 1.0)
-        frequencies = config.get("rope_embedding_base", 1e6) ** -(torch.arange(half) * 2 / self.head_dim)
-        magnitude, rope = 1.0, config.get("rope_scaling")
-        if rope is not None:
+        angles = torch.arange(len(x), dtype=torch.float32)
+        frequencies = config["rope_embedding_base"] ** -(torch.arange(half) * 2 / self.head_dim)
+        magnitude, rope = 1.0, config["rope_scaling"]
+        if rope is None:
+            angles = angles * config["rope_position_scale"]
+        else:
             longest, original = config["max_position_embeddings"], rope["original_max_position_embeddings"]
             if self.context > original:
                 factors, magnitude = rope["long_factor"], rope.get("long_mscale", -1)
@@ -269,7 +303,7 @@ class Phi3Small:
     def mlp(self, x: Tensor, name: str) -> Tensor:
         """GEGELU of the even and the odd channels."""
         gate, up = self.linear(x, f"{name}.up_proj").view(len(x), -1, 2).unbind(-1)
-        limit = self.config.get("gegelu_limit", 20.0)
+        limit = self.config["gegelu_limit"]
         if limit is not None:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return self.linear(gate * torch.sigmoid(1.702 * gate) * (up + 1), f"{name}.down_proj")

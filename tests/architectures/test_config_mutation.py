@@ -1,15 +1,16 @@
 """No field of config.json is silently ignored: each is changed, emptied and removed, and transformers is the oracle.
 
-Whatever is done to a field, either PocketLM's reference makes the logits that transformers makes, or it refuses the
-file with a message that names a key, or the tensor that the key promised. What transformers can't load is refused too,
-but for a null where transformers 5 demands a value: older versions wrote such nulls, which say that the key is not set,
-so they have to mean what the file without the key means.
+Whatever is done to a field, either PocketLM's reference makes the logits that transformers makes (for phi3small, which
+it doesn't have, the model in plain torch beside this), or it refuses the file with a message that names a key, or the
+tensor that the key promised. What the oracle can't load is refused too, but for a null where transformers 5 demands a
+value: older versions wrote such nulls, which say that the key is not set, so they have to mean what the file without
+the key means.
 """
 
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pocketlm.errors import InputError
 from pocketlm_export.architectures import build_graph
@@ -25,6 +27,7 @@ from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import quantize
 from pocketlm_export.verify.reference import ReferenceSession
+from tests.architectures import phi3small_model
 from tests.architectures.parity import difference
 from tests.tiny_models import ROWS
 
@@ -120,13 +123,26 @@ def transformers_logits(folder: Path) -> np.ndarray:
         return model(torch.tensor([TOKENS]), return_dict=True).logits[0].double().numpy()
 
 
-def problem(ours: np.ndarray | InputError, mutation: Mutation, config: dict[str, Any], folder: Path) -> str | None:
+def plain_torch_logits(folder: Path) -> np.ndarray:
+    config = json.loads((folder / "config.json").read_text())
+    tensors = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+    context = min(config.get("max_position_embeddings", len(TOKENS)), len(TOKENS))
+    return phi3small_model.Phi3Small(config, tensors, context)(torch.tensor([TOKENS])).logits[0].double().numpy()
+
+
+def problem(
+    ours: np.ndarray | InputError,
+    mutation: Mutation,
+    config: dict[str, Any],
+    folder: Path,
+    oracle: Callable[[Path], np.ndarray] = transformers_logits,
+) -> str | None:
     """What is wrong with how ``folder`` was taken after ``mutation`` of ``config``; None if nothing is."""
     if isinstance(ours, InputError):
         named = re.search(r"config\.json: .*'\w+'|tensor|\.weight|\.bias", str(ours))
         return None if named else f"refused without a name: {ours}"
     try:
-        expected = transformers_logits(folder)
+        expected = oracle(folder)
     except Exception as error:  # noqa: BLE001  the oracle may fail in any way; what counts is that it did
         if isinstance(mutation.value, int) and not isinstance(mutation.value, bool):
             readable = Mutation(mutation.path, float(mutation.value))  # JSON has one kind of number, transformers two
@@ -134,12 +150,12 @@ def problem(ours: np.ndarray | InputError, mutation: Mutation, config: dict[str,
             meant = MEANING_OF_NULL.get(mutation.path[-1])
             readable = Mutation(mutation.path, ABSENT if meant is None else config[meant])
         else:
-            return f"taken, but transformers refuses it: {type(error).__name__}: {str(error)[:120]}"
+            return f"taken, but the oracle refuses it: {type(error).__name__}: {str(error)[:120]}"
         write_config(folder, readable.applied(config))
         try:
-            expected = transformers_logits(folder)
+            expected = oracle(folder)
         except Exception:  # noqa: BLE001
-            return f"taken, but transformers refuses it: {type(error).__name__}: {str(error)[:120]}"
+            return f"taken, but the oracle refuses it: {type(error).__name__}: {str(error)[:120]}"
     largest, _ = difference(ours, expected)
     return None if largest <= LARGEST else f"silently different: {largest:.1e} of the logits' deviation"
 
@@ -153,9 +169,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     [
         pytest.param(row, id=row.name, marks=() if row.name in FIRST.values() else pytest.mark.long)
         for row in ROWS
-        if row.outlier is None
-        and row.residual is None
-        and row.model_type != "phi3small"  # transformers has no such class
+        if row.outlier is None and row.residual is None
     ],
 )
 def test_every_field_is_honoured_neutral_or_refused_by_name(row, tiny_checkpoint, tmp_path):
@@ -169,7 +183,10 @@ def test_every_field_is_honoured_neutral_or_refused_by_name(row, tiny_checkpoint
         if path.name != "config.json":
             (folder / path.name).symlink_to(path)
     problems = []
-    for mutation in mutations(config, AutoConfig.for_model(row.model_type).to_dict()):
+    oracle, defaults = plain_torch_logits, phi3small_model.DEFAULTS
+    if row.model_type != "phi3small":
+        oracle, defaults = transformers_logits, AutoConfig.for_model(row.model_type).to_dict()
+    for mutation in mutations(config, defaults):
         if any(mutation == Mutation((key,), value) for key, value in ORACLES_OWN):
             continue
         write_config(folder, mutation.applied(config))
@@ -177,7 +194,7 @@ def test_every_field_is_honoured_neutral_or_refused_by_name(row, tiny_checkpoint
             ours: np.ndarray | InputError = our_logits(folder, tmp_path / "store")
         except InputError as error:
             ours = error
-        found = problem(ours, mutation, config, folder)
+        found = problem(ours, mutation, config, folder, oracle)
         if found is not None:
             problems.append(f"{mutation}: {found}")
     assert not problems, "\n".join(problems)

@@ -143,9 +143,14 @@ def _multiplier(fields: Fields, key: str, default: float) -> float:
     return 0.0 if fields.is_null(key) else fields.number(key, default, least=0, most=LARGEST_NUMBER)
 
 
+def _flag(fields: Fields, key: str) -> bool:
+    """A flag that is set where it is absent, but not where it is null."""
+    return not fields.is_null(key) and fields.flag(key, True)
+
+
 def _attention_scale(fields: Fields, head_dim: int) -> float | None:
     multiplier = _multiplier(fields, "mup_attn_multiplier", 1.0)
-    if not fields.flag("mup_use_scaling", True):
+    if not _flag(fields, "mup_use_scaling"):
         return None
     if not multiplier:
         raise fields.refuse("mup_attn_multiplier", "must be greater than zero where mup_use_scaling is true")
@@ -159,7 +164,7 @@ def _gegelu_limit(fields: Fields) -> float | None:
 
 def _intermediate_size(fields: Fields, hidden_size: int) -> int:
     """``ff_intermediate_size``, or where that is null twice ``ff_dim_multiplier`` thirds of the hidden size."""
-    pad = fields.flag("gegelu_pad_to_256", True)
+    pad = _flag(fields, "gegelu_pad_to_256")
     stated = not fields.is_null("ff_intermediate_size")
     if stated == (fields.value("ff_dim_multiplier") is not None):
         raise fields.refuse("ff_dim_multiplier", "and 'ff_intermediate_size': one must be given, and the other be null")
