@@ -1,8 +1,8 @@
 """What a phone feels of a bundle: ``python -m pocketlm_bench.phone_memory BUNDLE [--json FILE] [--page PAGE]``.
 
-Anonymous and file-backed memory, load and first token of each artifact, each in a fresh process: ONNX as it is, ONNX
-with packed weights (the run that makes the copy, and those that find it), ExecuTorch. The copies lie in an empty cache
-beside the user's, which is removed at the end. The variants follow one another in every round, so that a machine that
+Anonymous and file-backed memory, load and first token of each artifact, each in a fresh process: as it is, and with
+packed weights (the run that makes the copy, and those that find it). The copies lie in an empty cache beside the
+user's, which is removed at the end. The variants follow one another in every round, so that a machine that
 slows down slows all of them.
 
 With ``--cold`` the system is told to forget the artifact's files and the copies before each process. Each session
@@ -33,6 +33,7 @@ from pocketlm.figures import figures_of
 from pocketlm.machine import machine_facts
 from pocketlm.measured_runtime import Conditions, MeasuredRuntime
 from pocketlm.results import BenchSettings, Sample
+from pocketlm.runtimes import executorch_library
 from pocketlm_bench.page import insert
 
 __all__ = ["Settings", "Variant", "VariantRuns", "measure_variants", "table", "variants_of"]
@@ -57,6 +58,8 @@ VARIANTS = (
     Variant("onnx packed, first run", "onnx", packed=True, makes_copy=True),
     Variant("onnx packed, later runs", "onnx", packed=True),
     Variant("executorch", "executorch"),
+    Variant("executorch packed, first run", "executorch", packed=True, makes_copy=True),
+    Variant("executorch packed, later runs", "executorch", packed=True),
 )
 
 
@@ -85,9 +88,12 @@ class VariantRuns:
 def variants_of(bundle: Bundle) -> list[Variant]:
     """Those whose artifact the bundle has and whose runtime is installed. Raises :class:`InputError` if there is none.
 
-    Core ML is none of them: what computes in its place here is the reference interpreter.
+    Core ML is none of them: what computes in its place here is the reference interpreter. ExecuTorch has packed weights
+    where pocketlm-native is installed.
     """
     found = [variant for variant in VARIANTS if variant.runtime in bundle.runtimes()]
+    if executorch_library.obstacle():
+        found = [variant for variant in found if not (variant.packed and variant.runtime == "executorch")]
     if not found:
         raise InputError(f"{bundle.folder}: no artifact for onnx or executorch whose runtime is installed")
     return found

@@ -11,7 +11,8 @@ from pocketlm.errors import InputError
 from pocketlm_bench.phone_memory import variants_of
 from tests.small_checkpoint import write_small_checkpoint
 
-NAMES = ["onnx", "onnx packed, first run", "onnx packed, later runs", "executorch"]
+PACKED = ["packed, first run", "packed, later runs"]
+NAMES = [" ".join((runtime, kind)).strip() for runtime in ("onnx", "executorch") for kind in ("", *PACKED)]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,9 @@ def test_every_variant_in_its_own_processes(bundle, tmp_path, monkeypatch):
     document = json.loads((tmp_path / "results" / "phone.json").read_text(encoding="utf-8"))
     assert [variant["name"] for variant in document["variants"]] == NAMES
     sizes = {variant["name"]: variant["disk_bytes"] for variant in document["variants"]}
-    assert sizes["onnx"] < sizes["onnx packed, first run"] == sizes["onnx packed, later runs"]
+    for runtime in ("onnx", "executorch"):
+        first, later = (sizes[f"{runtime} {kind}"] for kind in PACKED)
+        assert sizes[runtime] < first == later
     for variant in document["variants"]:
         assert len(variant["samples"]) == 2
         for name in ("added_anonymous", "highest_added_anonymous", "added_file_backed"):
