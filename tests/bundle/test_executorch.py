@@ -37,6 +37,7 @@ QUANTIZED = [
     ("qwen2", "int8", "int8"),
     ("phi", "int4", "int8"),
     ("gemma2", "int4", "int8"),
+    ("qwen3-moe-mixed", "int4", "int8"),
 ]
 VARIANTS = [*QUANTIZED, ("llama-untied-biases", "fp32", "int8"), ("qwen3", "fp32", "int8")]
 IDS = ["-".join(variant) for variant in VARIANTS]
