@@ -8,7 +8,7 @@ all calls (in lockstep), and each weight is unpacked once, by blocks of rows.
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ __all__ = [
     "StoredConstants",
     "Trace",
     "WrittenMatrix",
+    "described_blocks",
     "open_reader",
 ]
 
@@ -211,6 +212,20 @@ class Reader(Protocol):
 
     def emulate(self, runs: Sequence[Run]) -> list[Trace] | None:
         """The artifact in its own precision where its runtime exists nowhere here; None if a session runs it."""
+
+
+def described_blocks(block_size: int, heads: Iterable[npt.NDArray[np.bool_]]) -> str:
+    """The value of the fact ``sparsity``, equal for equal masks, however a file states them.
+
+    ``heads``: which blocks of keys each query head sees, bool ``[blocks of queries, blocks of keys]``; what lies ahead
+    doesn't count.
+    """
+    digest, seen = hashlib.sha256(), 0
+    for blocks in heads:
+        behind = np.tril(blocks)
+        seen += int(behind.sum())
+        digest.update(np.packbits(behind).data)
+    return f"{seen} blocks of {block_size} positions seen, sha256 {digest.hexdigest()[:16]}"
 
 
 def open_reader(target: str, path: Path, manifest: Manifest) -> Reader:

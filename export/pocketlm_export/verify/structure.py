@@ -11,9 +11,10 @@ import numpy.typing as npt
 from pocketlm.certificate import Check
 from pocketlm.errors import BundleError, CheckError
 from pocketlm.manifest import Manifest, Weight
-from pocketlm_export.backends.reading import Reader, StoredConstants, WrittenMatrix
+from pocketlm_export.backends.reading import Reader, StoredConstants, WrittenMatrix, described_blocks
 from pocketlm_export.graph.graph import (
     Attention,
+    BlockSparsity,
     Clamp,
     Graph,
     LayerNorm,
@@ -130,7 +131,7 @@ def expected(graph: Graph, stored: StoredConstants) -> dict[tuple[str, str], Val
                     for name, value in (
                         ("heads", node.heads), ("kv_heads", node.kv_heads), ("head_dim", node.head_dim),
                         ("scale", stored.scale(node.scale)), ("window", node.window), ("softcap", softcap),
-                        ("cosine", cosine), ("sine", sine),
+                        ("sparsity", _seen_blocks(node, graph.context_length)), ("cosine", cosine), ("sine", sine),
                     )
                 }  # fmt: skip
             case _:
@@ -141,6 +142,23 @@ def expected(graph: Graph, stored: StoredConstants) -> dict[tuple[str, str], Val
         for index, node_facts in enumerate(nodes)
         for name, value in node_facts.items()
     }
+
+
+def _seen_blocks(node: Attention, context_length: int) -> str | None:
+    """As :class:`BlockSparsity` defines them; it is constant within blocks."""
+    if node.sparsity is None:
+        return None
+    return described_blocks(
+        node.sparsity.block_size,
+        (_seen_by_head(node.sparsity, head, context_length) for head in range(node.heads)),
+    )
+
+
+def _seen_by_head(sparsity: BlockSparsity, head: int, context_length: int) -> npt.NDArray[np.bool_]:
+    blocks = np.arange(-(-context_length // sparsity.block_size))
+    local = blocks[:, None] - blocks < sparsity.local_blocks
+    seen: npt.NDArray[np.bool_] = local | ((blocks + head * sparsity.head_shift + 1) % sparsity.stride == 0)
+    return seen
 
 
 def row_ranges(shape: tuple[int, ...] | list[int]) -> Iterator[tuple[int, int]]:

@@ -15,19 +15,25 @@ import numpy.typing as npt
 from pocketlm.errors import BundleError, UnsupportedError
 from pocketlm.manifest import Manifest
 from pocketlm.runtimes.coreml_interpreter import Interpreter
-from pocketlm_export.backends.coreml.reading.attention import MIXING
+from pocketlm_export.backends.coreml.reading.attention import MIXING, WrittenAttention
 from pocketlm_export.backends.coreml.reading.running import Runner
 from pocketlm_export.backends.coreml.reading.structure import Structure, read_structure
 from pocketlm_export.backends.coreml.reading.written import WrittenPackage
-from pocketlm_export.backends.reading import Fact, Floats, NotRun, Run, StoredConstants, Trace, WrittenMatrix
+from pocketlm_export.backends.reading import (
+    Fact,
+    Floats,
+    NotRun,
+    Run,
+    StoredConstants,
+    Trace,
+    WrittenMatrix,
+    described_blocks,
+)
 
 __all__ = ["CoreMLReader", "open_reader"]
 
 FUNCTIONS = {"prefill", "decode", "score"}
 TARGET = "coreml"
-SPARSITY = ("block_size", "local_blocks", "stride", "head_shift")
-OWN_FACTS = frozenset(SPARSITY)
-"""What is compared between functions only: the model's facts don't have it, and level 2 judges it."""
 RESIDUAL_SHIFT, LARGEST_SHIFT = "pocketlm.residual_shift", 15
 
 
@@ -78,7 +84,7 @@ class CoreMLReader:
         for function in others:
             self._compare(function, list(_facts(structures[function])), first, facts)
         self._check_constants(structures)
-        yield from (fact for fact in facts if fact.name not in OWN_FACTS)
+        yield from facts
 
     def execute(self, runs: Sequence[Run]) -> list[Trace]:
         """In float64."""
@@ -196,11 +202,18 @@ def _facts(structure: Structure) -> Iterator[Fact]:
         yield Fact(f"experts {index}", "chosen", experts.chosen)
         yield Fact(f"experts {index}", "renormalize", experts.renormalize)
     for layer, attention in enumerate(structure.attentions):
-        if attention.sparsity is not None:
-            for name, number in zip(SPARSITY, attention.sparsity, strict=True):
-                yield Fact(f"attention {layer}", name, number)
+        yield Fact(f"attention {layer}", "sparsity", _sparsity(attention, structure.positions.context_length))
         for name in ("heads", "kv_heads", "head_dim", "scale", "window", "softcap", "cosine", "sine"):
             yield Fact(f"attention {layer}", name, getattr(attention, name))
+
+
+def _sparsity(attention: WrittenAttention, context: int) -> str | None:
+    if attention.sparsity is None:
+        return None
+    size, local, stride, shift = attention.sparsity
+    query, key = np.ogrid[: -(-context // size), : -(-context // size)]
+    heads = ((query - key < local) | ((key + head * shift + 1) % stride == 0) for head in range(attention.heads))
+    return described_blocks(size, heads)
 
 
 def _eleven_bits(value: float) -> float:

@@ -11,7 +11,8 @@ from pocketlm.manifest import Manifest
 from pocketlm_export.backends.onnx.experts import MIXTURES
 from pocketlm_export.backends.onnx.file import ATTENTIONS, MICROSOFT, OnnxFile, WrittenNode
 from pocketlm_export.backends.onnx.matrices import quantized_matrices
-from pocketlm_export.backends.reading import Fact
+from pocketlm_export.backends.onnx.sparse_attention import visible_blocks
+from pocketlm_export.backends.reading import Fact, described_blocks
 
 FactValue = int | float | str | None
 
@@ -106,6 +107,7 @@ def _attention(file: OnnxFile, node: WrittenNode) -> Iterator[Fact]:
     window = stated.get("local_window_size", -1)
     yield Fact(name, "window", None if window == -1 else window)
     yield Fact(name, "softcap", stated.get("softcap") or None)
+    yield Fact(name, "sparsity", _sparsity(file, node) if node.operator == SPARSE else None)
     rotations = _rotations(file, node)
     if not rotations:
         yield Fact(name, "cosine", None)
@@ -113,6 +115,14 @@ def _attention(file: OnnxFile, node: WrittenNode) -> Iterator[Fact]:
     for cosine, sine in rotations:
         yield Fact(name, "cosine", file.constant(cosine))
         yield Fact(name, "sine", file.constant(sine))
+
+
+def _sparsity(file: OnnxFile, node: WrittenNode) -> str:
+    size, heads = node.attributes.get("sparse_block_size"), node.attributes.get("num_heads")
+    rows, columns = (file.constant(node.input(index)) for index in (5, 6))
+    if not isinstance(size, int) or not isinstance(heads, int) or rows.ndim != 2 or columns.ndim != 2:
+        raise BundleError(f"{file.path}: {node.name}: {node.input(5)!r} and {node.input(6)!r} are no mask of blocks")
+    return described_blocks(size, visible_blocks(rows, columns, heads))
 
 
 def _padding(file: OnnxFile, node: WrittenNode) -> int:

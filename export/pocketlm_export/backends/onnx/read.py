@@ -13,7 +13,7 @@ from pocketlm.errors import BundleError, UnavailableError
 from pocketlm.manifest import Manifest
 from pocketlm_export.backends.onnx.execute import execute
 from pocketlm_export.backends.onnx.experts import MIXTURES
-from pocketlm_export.backends.onnx.facts import SPARSE, check_same_place, facts
+from pocketlm_export.backends.onnx.facts import check_same_place, facts
 from pocketlm_export.backends.onnx.file import OnnxFile
 from pocketlm_export.backends.onnx.kernels import CALLS, activation_rounding, check_kernels
 from pocketlm_export.backends.onnx.matrices import QuantizedMatrix, quantized_matrices, signed_codes
@@ -58,12 +58,10 @@ class OnnxReader:
         self._matrices = self._read_matrices()
         entries = {name: w.places["onnx"].entry for name, w in manifest.weights.items() if "onnx" in w.places}
         self.round_activations = activation_rounding(self._decoder, self._head, entries)
-        sparse = any(node.operator == SPARSE for node in self._decoder.nodes)
         mixtures = any(node.operator in MIXTURES for node in self._decoder.nodes)
         self.notes = (
             *([f"kernels: the first {CALLS} calls of each run"] if self.round_activations else []),
             *(["kernels: experts are judged at level 3, where their kernels are the shipped ones"] if mixtures else []),
-            *(["bytes: masks of block-sparse attention are judged at level 2 alone"] if sparse else []),
         )
 
     def rows(self, entry: str, start: int, stop: int) -> WrittenMatrix | npt.NDArray[np.float32]:

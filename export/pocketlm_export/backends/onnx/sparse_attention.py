@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pocketlm.errors import CheckError
 from pocketlm_export.backends.onnx.grouped_attention import attend, split_heads, stored
 
-__all__ = ["sparse_attention"]
+__all__ = ["sparse_attention", "visible_blocks"]
 
 Array = npt.NDArray[Any]
 
@@ -47,7 +47,7 @@ def sparse_attention(
     start = total - q.shape[1]
     tables = (cos_cache, sin_cache) if do_rotary else None
     q = stored(q, k, v, past_key, past_value, start, tables, interleaved=bool(rotary_interleaved))
-    visible = _visible_blocks(block_row_indices, block_col_indices, num_heads)
+    visible = visible_blocks(block_row_indices, block_col_indices, num_heads)
     if total > visible.shape[1] * sparse_block_size:
         raise CheckError(f"{total} positions lie outside {visible.shape[1]} blocks of {sparse_block_size}")
     queries, keys = np.arange(start, total), np.arange(total)
@@ -55,8 +55,8 @@ def sparse_attention(
     return attend(q, past_key, past_value, seen, scale), past_key, past_value
 
 
-def _visible_blocks(rows: Array, columns: Array, heads: int) -> npt.NDArray[np.bool_]:
-    """``[heads, blocks, blocks]``."""
+def visible_blocks(rows: Array, columns: Array, heads: int) -> npt.NDArray[np.bool_]:
+    """``[heads, blocks, blocks]``. Raises :class:`CheckError` for indices that are no mask."""
     layouts, blocks = len(rows), rows.shape[1] - 1
     if len(columns) != layouts or heads % layouts:
         raise CheckError(f"{layouts} layouts of rows and {len(columns)} of columns for {heads} heads")

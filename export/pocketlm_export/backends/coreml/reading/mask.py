@@ -77,8 +77,10 @@ def _sparsity(walk: Walk, positions: Positions, name: str, heads: int) -> tuple[
     phase = walk.maker(off.inputs["x"][0], "mod")
     shifted = walk.maker(phase.inputs["x"][0], "add")
     walk.same([*shifted.inputs["x"], *of_key.outputs], "a phase of other blocks")
-    shift = _shift(walk, shifted, heads)
-    return block_size, int(walk.number(far, "y")), int(walk.number(phase, "y")), shift
+    shift, stride = _shift(walk, shifted, heads), int(walk.number(phase, "y"))
+    if block_size < 1 or stride < 1:
+        raise walk.refused(name, f"blocks of {block_size} positions, every {stride}th seen")
+    return block_size, int(walk.number(far, "y")), stride, shift
 
 
 def _shift(walk: Walk, shifted: WrittenOperator, heads: int) -> int:

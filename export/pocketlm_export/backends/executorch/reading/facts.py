@@ -16,6 +16,7 @@ from pocketlm_export.backends.executorch.reading.kernels import SLICE, UPDATE_CA
 from pocketlm_export.backends.executorch.reading.matrices import filter_matrix
 from pocketlm_export.backends.executorch.reading.payload import Payload, PayloadNode
 from pocketlm_export.backends.executorch.reading.pte import PteFile
+from pocketlm_export.backends.executorch.reading.sparsity import stated_sparsity
 from pocketlm_export.backends.executorch.reading.steps import DelegateStep, KernelStep
 from pocketlm_export.backends.reading import Fact
 
@@ -79,6 +80,7 @@ def _attention_facts(file: PteFile, layer: int, attention: LayerAttention) -> It
         "head_dim": head_dim,
         "scale": head_dim**-0.5 if attention.scale is None else attention.scale,
         "window": None if attention.mask is None else _window(file, attention.mask, context),
+        "sparsity": _sparsity(file, attention.blocks, heads, context),
         "softcap": _softcap(attention.softcap),
         "cosine": cosine,
         "sine": sine,
@@ -128,6 +130,13 @@ def _window(file: PteFile, mask: int, context: int) -> int | str | None:
         if not np.array_equal(line, np.where(seen, np.float32(0), -np.inf)):
             return f"a mask table whose row {row} is no window"
     return None if beyond else window
+
+
+def _sparsity(file: PteFile, masks: tuple[int, ...], heads: int, context: int) -> str | None:
+    if not masks:
+        return None
+    indices = [_sliced_constant(file, mask) for mask in masks]
+    return stated_sparsity([file.constant(index) if index else np.empty(0) for index in indices], heads, context)
 
 
 def _sliced_constant(file: PteFile, value: int) -> int:
