@@ -3,13 +3,13 @@
 import json
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pocketlm_export.backends.executorch.importing import flatc_path
 
-__all__ = ["FlatcError", "from_json", "to_json"]
+__all__ = ["FlatcError", "from_json", "to_json", "to_json_together"]
 
 SECONDS = 20
 # The shell sets the limits (kibibytes of memory, blocks of 512 bytes of output): a hook in the forked child would make
@@ -23,13 +23,20 @@ class FlatcError(Exception):
 
 def to_json(schemas: Mapping[str, bytes], content: bytes) -> dict[str, Any]:
     """The root table of ``content`` by the first of ``schemas`` (file name -> text), defaults included."""
+    (table,) = to_json_together(schemas, [content])
+    return table
+
+
+def to_json_together(schemas: Mapping[str, bytes], contents: Sequence[bytes]) -> list[dict[str, Any]]:
+    """:func:`to_json` of each of ``contents`` in one process: to start it takes ten times as long as a small graph."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         root = _write(folder, schemas)
-        (folder / "content.bin").write_bytes(content)
-        _run(folder, "--json", "--defaults-json", "--strict-json", root, "--", "content.bin")
-        result: dict[str, Any] = json.loads((folder / "content.json").read_bytes())
-        return result
+        for number, content in enumerate(contents):
+            (folder / f"{number}.bin").write_bytes(content)
+        files = (f"{number}.bin" for number in range(len(contents)))
+        _run(folder, "--json", "--defaults-json", "--strict-json", root, "--", *files)
+        return [json.loads((folder / f"{number}.json").read_bytes()) for number in range(len(contents))]
 
 
 def from_json(schemas: Mapping[str, bytes], table: Mapping[str, Any]) -> bytes:

@@ -1,13 +1,13 @@
 """One XNNPACK payload (backends/xnnpack/serialization/schema.fbs) as a typed graph, and its JSON back to bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from pocketlm.errors import BundleError, UnsupportedError
 from pocketlm_export.backends.executorch.importing import XNNHeader, xnnpack_schema_source
-from pocketlm_export.backends.executorch.reading.flatc import FlatcError, from_json, to_json
+from pocketlm_export.backends.executorch.reading.flatc import FlatcError, from_json, to_json_together
 
 __all__ = [
     "NAMED",
@@ -16,7 +16,7 @@ __all__ = [
     "PayloadConstant",
     "PayloadNode",
     "PayloadValue",
-    "parse_payload",
+    "parse_payloads",
     "payload_bytes",
 ]
 
@@ -24,6 +24,7 @@ NONE = 2**32 - 1
 NAMED = 2**64 - 1
 INPUT, OUTPUT = 1, 2  # XNN_VALUE_FLAG_EXTERNAL_*
 ALIGNMENT = 16
+BATCH, BATCH_BYTES = 256, 16 << 20  # payloads that one process parses
 QUANTIZED = ("qcint8", "qbint4")
 
 
@@ -85,9 +86,21 @@ class Payload:
         return node.kind == "FullyConnected" and self.values[node.inputs[1]].datatype in QUANTIZED
 
 
-def parse_payload(content: bytes, where: str) -> Payload:
-    """Parse and check a payload. Raises :class:`BundleError` that begins with ``where`` for a malformed one,
-    :class:`UnsupportedError` for what this reader does not know."""
+def parse_payloads(contents: Iterable[bytes], where: str) -> list[Payload]:
+    """Parse and check payloads. Raises :class:`BundleError` that begins with ``where`` and the payload's number for a
+    malformed one, :class:`UnsupportedError` for what this reader does not know."""
+    payloads: list[Payload] = []
+    batch: list[tuple[str, bytes]] = []
+    for number, content in enumerate(contents):
+        name = f"{where}: delegate {number}"
+        batch.append((name, _flatbuffer(content, name)))
+        if len(batch) == BATCH or sum(len(graph) for _, graph in batch) > BATCH_BYTES:
+            payloads += _parsed(batch)
+            batch = []
+    return payloads + _parsed(batch)
+
+
+def _flatbuffer(content: bytes, where: str) -> bytes:
     try:
         header = XNNHeader.from_bytes(content[: XNNHeader.EXPECTED_LENGTH])
     except ValueError as error:
@@ -95,10 +108,23 @@ def parse_payload(content: bytes, where: str) -> Payload:
     start, stop = header.flatbuffer_offset, header.flatbuffer_offset + header.flatbuffer_size
     if stop > len(content):
         raise BundleError(f"{where}: its graph ends at byte {stop} of {len(content)}")
+    return content[start:stop]
+
+
+def _parsed(batch: Sequence[tuple[str, bytes]]) -> list[Payload]:
+    if not batch:
+        return []
+    schemas = {"schema.fbs": xnnpack_schema_source()}
     try:
-        table = to_json({"schema.fbs": xnnpack_schema_source()}, content[start:stop])
+        tables = to_json_together(schemas, [content for _, content in batch])
     except (FlatcError, ValueError) as error:
-        raise BundleError(f"{where}: malformed XNNPACK graph: {error}") from error
+        if len(batch) > 1:  # which of them is it?
+            return [payload for one in batch for payload in _parsed([one])]
+        raise BundleError(f"{batch[0][0]}: malformed XNNPACK graph: {error}") from error
+    return [_complete(table, where) for table, (where, _) in zip(tables, batch, strict=True)]
+
+
+def _complete(table: Mapping[str, Any], where: str) -> Payload:
     try:
         return _checked(_graph(table, where), where)
     except (KeyError, IndexError, TypeError, AttributeError) as error:  # a table or a vector that is absent

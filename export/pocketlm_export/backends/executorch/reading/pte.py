@@ -23,7 +23,7 @@ from pocketlm_export.backends.executorch.importing import (
     schema,
 )
 from pocketlm_export.backends.executorch.reading.flatc import FlatcError, to_json
-from pocketlm_export.backends.executorch.reading.payload import Payload, parse_payload
+from pocketlm_export.backends.executorch.reading.payload import Payload, parse_payloads
 from pocketlm_export.backends.executorch.reading.steps import JumpStep, KernelStep, Step, read_steps
 
 __all__ = ["DTYPES", "PteFile"]
@@ -113,10 +113,8 @@ class PteFile:
     @cached_property
     def delegates(self) -> list[Payload]:
         """The payloads of ``forward``, in the order of their indices."""
-        return [
-            parse_payload(self.segment(item.processed.index).tobytes(), f"{self.path}: delegate {index}")
-            for index, item in enumerate(self.forward.delegates)
-        ]
+        contents = (self.segment(item.processed.index).tobytes() for item in self.forward.delegates)
+        return parse_payloads(contents, str(self.path))
 
     @cached_property
     def steps(self) -> list[Step]:
