@@ -61,7 +61,8 @@ def test_a_session_replays_in_every_runtime_of_the_host(pocketlm, bundle, sessio
     title, columns, executorch, onnx, *notes = process.stdout.splitlines()
     assert title.startswith("session.jsonl of small.pocketlm, recorded by onnx ")
     assert title.endswith("; sequences 1, steps 24")
-    assert columns.split() == ["device", "runtime", "steps", "top-1", "first", "divergence", "mean", "KL", "verdict"]
+    assert columns.split("  ")[0] == "device"
+    assert columns.endswith("verdict")
     assert executorch.startswith("host    executorch 1.")
     assert onnx.startswith("host    onnx 1.")
     assert onnx.endswith("passed")
@@ -82,6 +83,7 @@ def test_without_a_session_the_golden_one_replays(pocketlm, bundle, tmp_path):
     assert result.session.name == "golden session"
     assert result.session.recorded_by is None
     assert [run.runtime.name for run in result.runs] == ["onnx", "coreml"]
+    assert all(0 < run.largest_drift < run.limits.drift for run in result.runs)
     assert all(run.top1.positions == result.session.steps >= 48 for run in result.runs)
     assert "reference interpreter" in result.runs[1].runtime.build
 
@@ -143,7 +145,7 @@ def test_a_damaged_artifact_fails_and_the_step_is_named(pocketlm, bundle, sessio
     rows = {line.split()[1]: line for line in process.stdout.splitlines() if line.startswith("host ")}
     assert rows["executorch"].endswith("passed"), "its artifact is sound"
     assert rows["onnx"].endswith("FAILED")
-    assert "mean KL is not judged: no certificate" in process.stdout
+    assert "only wide margins are judged: no certificate" in process.stdout
 
 
 def test_a_device_that_is_not_there_is_named_beside_the_rows_of_the_others(pocketlm, bundle, session, tmp_path):

@@ -87,6 +87,7 @@ BAD: dict[str, tuple[Callable[[Lines], object], str]] = {
     "more-tokens": (put(SEQUENCE, "tokens", [1, 2, 3, 4]), "line 2: 4 tokens, but 3 steps"),
     "other-kind": (put(STEP, "kind", "stop"), "line 3: 'kind'"),
     "no-ids": (put(STEP, "ids", []), "line 3: 'ids'"),
+    "one-id": (lambda lines: lines[STEP].update(ids=[1], logits=[1.0]), "line 3: 'ids'"),
     "many-ids": (put(STEP, "ids", [1] * 2000), "line 3: 'ids'"),
     "fewer-ids": (change(STEP, "ids", lambda ids: ids[1:]), "line 3: .*31 ids, but 32 logits"),
     "id-twice": (change(STEP, "ids", lambda ids: [ids[1], *ids[1:]]), "line 3: .*an id stands twice"),

@@ -14,13 +14,14 @@ from pocketlm.certificate import Certificate, Check, Evidence, Level, TargetCert
 from pocketlm.devices.base import Outcome
 from pocketlm.errors import UnavailableError
 from pocketlm.logit_summary import summarize
-from pocketlm.replay_answer import ReplayedStep, read_replay, read_runtime
+from pocketlm.replay_answer import Numbers, ReplayedStep, read_replay, read_runtime
 from pocketlm.replay_expectation import ExpectedSequence, GoldenStep, RecordedStep
 from pocketlm.replay_judgement import SHORTEST_JUDGED, Judgement, judge
 from pocketlm.replay_limits import WIDE_MARGIN, limits_of
 from pocketlm.results import ReplayLimits
 
-LIMITS = ReplayLimits(margin=0.1, mean_kl=1e-3, certified=True)
+LIMITS = ReplayLimits(margin=0.1, drift=0.2, mean_kl=1e-3, certified=True)
+UNCERTIFIED = {"drift": None, "mean_kl": None, "certified": False}
 LOGITS = np.array([3.0, 5.0, 4.9, -2.0, 4.0, 0.0], np.float32)
 
 
@@ -31,11 +32,11 @@ def recorded(logits: np.ndarray, top: int = 4) -> RecordedStep:
 
 def replayed(logits: np.ndarray, ids: Sequence[int]) -> ReplayedStep:
     """What the agent tells of such logits."""
-    summary = summarize(logits, 0)
+    summary = summarize(logits, 2)
     return ReplayedStep(
         choice=summary.choice,
-        choice_logit=float(logits[summary.choice]),
         values=[float(logits[number]) for number in ids],
+        top=[list(pair) for pair in summary.top],
         log_sum=summary.log_sum,
     )
 
@@ -60,7 +61,7 @@ def test_the_same_logits_pass():
 
 def test_a_near_tie_passes():
     after = LOGITS + np.array([0, 0, 0.11, 0, 0, 0], np.float32)
-    found = judged(LOGITS, after, mean_kl=None)
+    found = judged(LOGITS, after, **UNCERTIFIED)
     assert found.failures == []
     divergence = found.first_divergence
     assert divergence == found.widest_divergence
@@ -75,7 +76,7 @@ def test_a_wide_margin_fails_and_the_first_such_step_is_named():
     step = recorded(LOGITS)
     expected = [sequence_of(step), sequence_of(step, step, step, deviation=float(LOGITS.std()))]
     answers = [[replayed(near, step.ids)], [replayed(values, step.ids) for values in (LOGITS, wide, wide)]]
-    found = judge(expected, answers, LIMITS.model_copy(update={"mean_kl": None, "margin": 0.11}))
+    found = judge(expected, answers, LIMITS.model_copy(update={**UNCERTIFIED, "margin": 0.11}))
     assert found.agreeing == 1
     assert (found.first_divergence.sequence, found.first_divergence.step) == (1, 1)
     assert (found.widest_divergence.sequence, found.widest_divergence.step) == (2, 2)
@@ -87,23 +88,42 @@ def test_a_wide_margin_fails_and_the_first_such_step_is_named():
 def test_a_choice_that_was_not_kept_is_at_least_as_far_off_as_the_last_that_was():
     after = LOGITS.copy()
     after[3] = 9
-    (worst,) = {judged(LOGITS, after, mean_kl=None).first_divergence.margin}
-    assert worst == pytest.approx((5.0 - 3.0) / LOGITS.std())
+    margin = judged(LOGITS, after).first_divergence.margin
+    assert margin == pytest.approx((5.0 - 3.0) / LOGITS.std())
 
 
 @pytest.mark.parametrize(("margin", "wide"), [(0.10, False), (0.105, False), (0.11, True)])
 def test_a_golden_margin_may_be_half_a_digit_smaller_than_it_says(margin, wide):
-    step = GoldenStep(1, margin)
-    found = judge([sequence_of(step)], [[replayed(LOGITS[::-1].copy(), ())]], LIMITS)
+    step = GoldenStep(2, margin)
+    found = judge([sequence_of(step)], [[replayed(LOGITS, step.ids)]], LIMITS.model_copy(update={"drift": 0.3}))
+    assert found.first_divergence.chosen == 1
     assert found.first_divergence.wide is wide
     assert bool(found.failures) is wide
     assert found.mean_kl is None
-    assert found.notes == ["mean KL is not known: the record has no distributions"]
+
+
+@pytest.mark.parametrize(("margin", "passes"), [(0.3, True), (0.1, True), (0.304, True), (0.31, False), (0.0, True)])
+def test_a_golden_margin_that_drifts_fails_where_no_choice_differs(margin, passes):
+    """Replayed, it is 0.1; the limit is 0.2, and half a digit more."""
+    step = GoldenStep(1, margin)
+    found = judge([sequence_of(step)], [[replayed(LOGITS, step.ids)]], LIMITS)
+    assert found.largest_drift == pytest.approx(max(0, abs(margin - 0.1) - 0.005), abs=1e-6)
+    assert (found.failures == []) is passes
+    if not passes:
+        assert found.failures[0].startswith("sequence 1, step 1: the margin is off by 0.205 of the deviation")
+
+
+def test_a_choice_that_is_no_longer_the_first_has_a_negative_margin():
+    step = GoldenStep(1, 0.5)
+    after = LOGITS.copy()
+    after[4] = 5.25
+    found = judge([sequence_of(step)], [[replayed(after, step.ids)]], LIMITS)
+    assert found.largest_drift == pytest.approx(0.5 + 0.25 - 0.005)
 
 
 def test_a_mean_kl_above_the_limit_fails_where_no_choice_differs():
     after = LOGITS.copy()
-    after[1] += 1
+    after[1] += 0.25
     found = judged(LOGITS, after, steps=SHORTEST_JUDGED)
     assert found.agreeing == found.steps
     assert len(found.failures) == 1
@@ -112,13 +132,13 @@ def test_a_mean_kl_above_the_limit_fails_where_no_choice_differs():
 
 
 @pytest.mark.parametrize(
-    ("steps", "limit", "note"),
-    [(SHORTEST_JUDGED - 1, 1e-3, "fewer than 16 steps"), (SHORTEST_JUDGED, None, "no certificate")],
+    ("steps", "changes", "note"),
+    [(SHORTEST_JUDGED - 1, {}, "fewer than 16 steps"), (SHORTEST_JUDGED, UNCERTIFIED, "no certificate")],
 )
-def test_a_mean_kl_that_is_not_judged_says_why(steps, limit, note):
+def test_what_is_not_judged_is_said_and_why(steps, changes, note):
     after = LOGITS.copy()
-    after[1] += 1
-    found = judged(LOGITS, after, steps=steps, mean_kl=limit)
+    after[1] += 0.25
+    found = judged(LOGITS, after, steps=steps, **changes)
     assert found.failures == []
     assert found.mean_kl > 1e-3
     assert len(found.notes) == 1
@@ -130,7 +150,7 @@ def test_logits_that_are_not_finite_fail():
     answer = replayed(LOGITS, step.ids).model_copy(update={"log_sum": None, "values": [None] * len(step.ids)})
     found = judge([sequence_of(step)], [[answer]], LIMITS)
     assert found.failures == ["sequence 1, step 1: a logit is not finite"]
-    assert found.mean_kl is None
+    assert (found.largest_drift, found.mean_kl) == (None, None)
 
 
 rows = arrays(np.float32, 40, elements=st.floats(-12, 12, width=32))
@@ -141,11 +161,11 @@ def full_kl(before: np.ndarray, after: np.ndarray) -> float:
     return float((np.exp(left) * (left - right)).sum())
 
 
-@given(rows, rows, st.integers(1, 40))
+@given(rows, rows, st.integers(2, 40))
 def test_the_kl_of_the_kept_logits_is_never_larger_than_that_of_all(before, after, top):
     step = recorded(before, top)
     answer = replayed(after, step.ids)
-    kept = step.kl(*answer.numbers)
+    kept = step.kl(answer.numbers.values, answer.numbers.log_sum)
     assert 0 <= kept <= full_kl(before, after) + 1e-9
     if top == 40:
         assert kept == pytest.approx(full_kl(before, after), abs=1e-9)
@@ -182,6 +202,7 @@ INT8 = {"root mean square": 0.01, "mean KL": 4e-4, "greedy regret": 0.06}
 
 def limits(known: Certificate | None, replayed_by: str, recorded_by: str | None) -> tuple[float, float | None, bool]:
     found = limits_of(known, replayed_by=replayed_by, recorded_by=recorded_by, deviation=2.0)
+    assert found.drift == (2 * found.margin if found.certified else None)
     return found.margin, found.mean_kl, found.certified
 
 
@@ -216,19 +237,21 @@ def line(*steps: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {"kind": "sequence", "index": 0, "steps": list(steps), **changes}
 
 
-STEP = {"choice": 1, "choice_logit": 5.0, "token_logit": 5.0, "values": [], "top": [], "log_sum": 6.0, "deviation": 1.0}
+STEP = {"choice": 1, "token_logit": 5.0, "values": [5.0], "top": [[1, 5.0], [0, 4.0]], "log_sum": 6.0, "deviation": 1.0}
 GARBAGE = {
     "no-sequence": ((), "0 sequences of 1"),
     "twice": ((line(STEP), line(STEP)), "2 sequences of 1"),
     "another": ((line(STEP, index=3),), "or in disorder"),
     "no-step": ((line(),), "sequence 1 is not to what was asked"),
     "more-steps": ((line(STEP, STEP),), "sequence 1 is not to what was asked"),
-    "more-values": ((line({**STEP, "values": [1.0]}),), "sequence 1 is not to what was asked"),
+    "more-values": ((line({**STEP, "values": [1.0, 2.0]}),), "sequence 1 is not to what was asked"),
     "steps": ((line(steps=7),), "'steps'"),
     "choice": ((line({**STEP, "choice": -1}),), r"'steps\.0\.choice'"),
     "text": ((line({**STEP, "log_sum": "6"}),), r"'steps\.0\.log_sum'"),
     "nan": ((line({**STEP, "log_sum": math.nan}),), r"'steps\.0\.log_sum'"),
-    "missing": ((line({"choice": 1}),), r"'steps\.0\.choice_logit'"),
+    "missing": ((line({"choice": 1}),), r"'steps\.0\.values'"),
+    "one-of-two": ((line({**STEP, "top": [[1, 5.0]]}),), r"'steps\.0\.top'"),
+    "top": ((line({**STEP, "top": [1, 5.0]}),), r"'steps\.0\.top\.0'"),
 }
 
 
@@ -246,5 +269,4 @@ def test_a_runtime_that_does_not_say_what_it_is_names_the_device():
 
 def test_a_newer_agent_may_tell_more():
     steps = read_replay("d", [sequence_of(GoldenStep(1, 0.5))], Outcome((line({**STEP, "new": 1}),)))
-    assert steps[0][0].numbers == ([], 6.0)
-    assert math.isfinite(steps[0][0].log_sum)
+    assert steps[0][0].numbers == Numbers([5.0], 6.0, 1.0)

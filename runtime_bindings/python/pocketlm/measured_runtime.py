@@ -8,7 +8,7 @@ from pocketlm.artifact import Artifact
 from pocketlm.devices.base import Device, Outcome
 from pocketlm.errors import UnavailableError
 from pocketlm.figures import figures_of, no_figures, noise_of
-from pocketlm.job import ForcedTokens, Job, Measure, Replay
+from pocketlm.job import Job, Measure, Replay
 from pocketlm.measurement import Begin, Measurement, read_begin, read_measurement
 from pocketlm.profiles import read_profile
 from pocketlm.replay_answer import read_replay
@@ -118,9 +118,8 @@ class MeasuredRuntime:
             self._top1 = Top1(agreement=None, positions=0, reason=NO_ANSWERS)
             return self._top1
         sequences = golden.sequences
-        work = Replay(tuple(ForcedTokens(sequence.prompt, sequence.tokens) for sequence in sequences))
         with TemporaryDirectory() as folder:
-            outcome = self._run(work, Path(folder))
+            outcome = self._run(golden.work, Path(folder))
         steps = read_replay(self.device.address, sequences, outcome)
         pairs = [
             (expected.choice, step.choice)

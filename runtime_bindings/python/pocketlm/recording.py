@@ -85,8 +85,8 @@ class StepLine(Closed):
     all logits ``log_sum``, the logarithm of the sum of their exponentials, and ``deviation``, their standard one."""
 
     kind: Literal["step"]
-    ids: Annotated[list[TokenId], Field(min_length=1, max_length=1024)]
-    logits: Annotated[list[Logit], Field(min_length=1, max_length=1024)]
+    ids: Annotated[list[TokenId], Field(min_length=2, max_length=1024)]
+    logits: Annotated[list[Logit], Field(min_length=2, max_length=1024)]
     log_sum: Logit
     deviation: Annotated[float, Field(ge=0, le=3.5e38)]
 

@@ -13,7 +13,7 @@ from pocketlm.devices import open_device
 from pocketlm.devices.base import Device
 from pocketlm.errors import InputError, UnavailableError
 from pocketlm.golden_session import read_golden_session
-from pocketlm.job import ForcedTokens, Job, Replay
+from pocketlm.job import Job
 from pocketlm.machine import circumstances
 from pocketlm.recording import read_session
 from pocketlm.replay_answer import read_replay, read_runtime
@@ -112,11 +112,7 @@ def _replay_on(
 ) -> ReplayRun:
     bundle.check_files(f"{runtime}/")
     artifact = bundle.artifact(runtime)
-    sequences = tuple(
-        ForcedTokens(sequence.prompt, sequence.tokens, tuple(tuple(step.ids) for step in sequence.steps))
-        for sequence in expected.sequences
-    )
-    job = Job(runtime, device.place(artifact), Replay(sequences), threads=threads)
+    job = Job(runtime, device.place(artifact), expected.work, threads=threads)
     with tempfile.TemporaryDirectory(prefix="pocketlm-replay-") as folder:
         outcome = device.run(job, Path(folder), limit=limit or (EMULATED_LIMIT if device.emulated else LIMIT))
     ran = read_runtime(device.address, runtime, outcome)
@@ -133,6 +129,7 @@ def _replay_on(
         top1=Top1(agreement=judged.agreeing / judged.steps, positions=judged.steps, reason=None),
         first_divergence=judged.first_divergence,
         widest_divergence=judged.widest_divergence,
+        largest_drift=judged.largest_drift,
         mean_kl=judged.mean_kl,
         limits=limits,
         passed=not judged.failures,

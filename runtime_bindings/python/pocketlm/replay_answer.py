@@ -1,6 +1,7 @@
 """What an agent says of a replay, checked: it comes from a device."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,7 +11,7 @@ from pocketlm.errors import UnavailableError
 from pocketlm.replay_expectation import ExpectedSequence
 from pocketlm.results import RuntimeRecord
 
-__all__ = ["ReplayedStep", "read_replay", "read_runtime"]
+__all__ = ["Numbers", "ReplayedStep", "read_replay", "read_runtime"]
 
 
 class _Line(BaseModel):
@@ -19,22 +20,33 @@ class _Line(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Of a step, all finite: the logits that were asked for, the recorded choice's first; the logarithm of the sum of
+    the exponentials of all; and ``margin``, from the recorded choice's logit to the largest of the others."""
+
+    values: Sequence[float]
+    log_sum: float
+    margin: float
+
+
 class ReplayedStep(_Line):
-    """``choice``: the most likely token; ``values``: the logits that were asked for; ``log_sum``: the logarithm of the
-    sum of the exponentials of all. None: not finite."""
+    """``choice``: the most likely token; ``values``: the logits that were asked for; ``top``: id and value of the
+    largest; ``log_sum``: of all. None: not finite."""
 
     choice: Annotated[int, Field(ge=0)]
-    choice_logit: float | None
-    values: list[float | None]
+    values: Annotated[list[float | None], Field(min_length=1)]
+    top: Annotated[list[Annotated[list[float | None], Field(min_length=2, max_length=2)]], Field(min_length=2)]
     log_sum: float | None
 
     @property
-    def numbers(self) -> tuple[list[float], float] | None:
-        """``values`` and ``log_sum``; None if the step has anything that isn't finite."""
+    def numbers(self) -> Numbers | None:
+        """None if the step has anything that isn't finite."""
         values = [value for value in self.values if value is not None]
-        if self.log_sum is None or self.choice_logit is None or len(values) < len(self.values):
+        largest, second = self.top[0][1], self.top[1][1]
+        if self.log_sum is None or largest is None or second is None or len(values) < len(self.values):
             return None
-        return values, self.log_sum
+        return Numbers(values, self.log_sum, values[0] - (largest if values[0] < largest else second))
 
 
 class _SequenceLine(_Line):

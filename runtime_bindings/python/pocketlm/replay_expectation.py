@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pocketlm.job import ForcedTokens, Replay
 from pocketlm.results import RuntimeRecord
 
 __all__ = ["ExpectedSequence", "ExpectedSession", "ExpectedStep", "GoldenStep", "RecordedStep"]
@@ -23,10 +24,14 @@ class ExpectedStep(Protocol):
 
     @property
     def ids(self) -> Sequence[int]:
-        """The ids whose logits a replay has to tell."""
+        """The ids whose logits a replay has to tell; the first is :attr:`choice`."""
 
     def regret(self, choice: int) -> float:
         """How far the recorded logit of ``choice`` lies below the largest: at least so far, and never less than 0."""
+
+    def drift(self, margin: float) -> float:
+        """How far ``margin``, from the replayed logit of :attr:`choice` to the largest of the others, is from the
+        recorded one: at least so far."""
 
     def kl(self, values: Sequence[float], log_sum: float) -> float | None:
         """The Kullback-Leibler divergence of the replayed distribution from the recorded one, in nats; None if none
@@ -42,10 +47,16 @@ class GoldenStep:
 
     choice: int
     margin: float
-    ids: Sequence[int] = ()
+
+    @property
+    def ids(self) -> Sequence[int]:
+        return (self.choice,)
 
     def regret(self, choice: int) -> float:
         return 0.0 if choice == self.choice else max(0.0, self.margin - HALF_DIGIT)
+
+    def drift(self, margin: float) -> float:
+        return max(0.0, abs(margin - self.margin) - HALF_DIGIT)
 
     def kl(self, values: Sequence[float], log_sum: float) -> float | None:  # noqa: ARG002
         return None
@@ -53,8 +64,8 @@ class GoldenStep:
 
 @dataclass(frozen=True, slots=True)
 class RecordedStep:
-    """Of a recorded session: the largest logits, descending, and of all of them the logarithm of the sum of their
-    exponentials."""
+    """Of a recorded session: the largest logits, two or more, descending; and of all of them the logarithm of the sum
+    of their exponentials."""
 
     ids: Sequence[int]
     logits: Sequence[float]
@@ -68,6 +79,9 @@ class RecordedStep:
         # One that was not kept is no larger than the last that was.
         place = self.ids.index(choice) if choice in self.ids else -1
         return self.logits[0] - self.logits[place]
+
+    def drift(self, margin: float) -> float:
+        return abs(margin - (self.logits[0] - self.logits[1]))
 
     def kl(self, values: Sequence[float], log_sum: float) -> float | None:
         """Over the kept ids and one bucket for the rest: by the data-processing inequality never
@@ -98,6 +112,17 @@ class ExpectedSession:
     name: str
     recorded_by: RuntimeRecord | None
     sequences: tuple[ExpectedSequence, ...]
+
+    @property
+    def work(self) -> Replay:
+        """What an agent has to do: feed the tokens, and tell what the steps want to know."""
+        return Replay(
+            tuple(
+                ForcedTokens(sequence.prompt, sequence.tokens, tuple(tuple(step.ids) for step in sequence.steps))
+                for sequence in self.sequences
+            ),
+            top=2,
+        )
 
     @property
     def steps(self) -> int:

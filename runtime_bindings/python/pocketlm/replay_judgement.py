@@ -17,14 +17,15 @@ their session, and means over 16 steps up to 1.7 times, for which the limits of 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """``agreeing``: of ``steps``, those with the recorded choice. ``mean_kl``: nats, None if no distribution was
-    recorded or a logit is not finite. ``failures``: none if the replay passed; ``notes``: what was not judged, and why.
-    """
+    """``agreeing``: of ``steps``, those with the recorded choice. The other figures are those of
+    :class:`pocketlm.results.ReplayRun`. ``failures``: none if the replay passed; ``notes``: what was not judged, and
+    why."""
 
     steps: int
     agreeing: int
     first_divergence: Divergence | None
     widest_divergence: Divergence | None
+    largest_drift: float | None
     mean_kl: float | None
     failures: list[str]
     notes: list[str]
@@ -45,30 +46,39 @@ class _Step:
         return f"sequence {self.sequence}, step {self.number}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Logits:
+    """What the numbers of all steps say, whatever was chosen."""
+
+    largest_drift: float | None
+    mean_kl: float | None
+    failures: list[str]
+    notes: list[str]
+
+
 def judge(
     expected: Sequence[ExpectedSequence], replayed: Sequence[Sequence[ReplayedStep]], limits: ReplayLimits
 ) -> Judgement:
     """Judge every step, those behind a divergence too: the recorded tokens were fed, whatever was chosen."""
     steps = list(_steps(expected, replayed))
     apart = [(step, _divergence(step, limits)) for step in steps if step.replayed.choice != step.recorded.choice]
+    wide = [
+        f"{step.place}: margin {divergence.margin:.3g} of the deviation is wide: a near tie has at most "
+        f"{limits.margin:.3g}"
+        for step, divergence in apart
+        if divergence.wide
+    ]
+    logits = _judge_logits(steps, limits)
     divergences = [divergence for _, divergence in apart]
-    mean_kl, failures, notes = _judge_distributions(steps, limits)
-    for step, divergence in apart:
-        if divergence.wide:
-            failures.insert(
-                0,
-                f"{step.place}: margin {divergence.margin:.3g} of the deviation is wide: "
-                f"a near tie has at most {limits.margin:.3g}",
-            )
-            break
     return Judgement(
         steps=len(steps),
         agreeing=len(steps) - len(divergences),
         first_divergence=divergences[0] if divergences else None,
         widest_divergence=max(divergences, key=lambda divergence: divergence.margin, default=None),
-        mean_kl=mean_kl,
-        failures=failures,
-        notes=notes,
+        largest_drift=logits.largest_drift,
+        mean_kl=logits.mean_kl,
+        failures=[*wide[:1], *logits.failures],
+        notes=logits.notes,
     )
 
 
@@ -90,21 +100,25 @@ def _divergence(step: _Step, limits: ReplayLimits) -> Divergence:
     )
 
 
-def _judge_distributions(steps: Sequence[_Step], limits: ReplayLimits) -> tuple[float | None, list[str], list[str]]:
-    """The mean KL, what fails, and what isn't judged."""
-    found: list[float] = []
+def _judge_logits(steps: Sequence[_Step], limits: ReplayLimits) -> _Logits:
+    drifts: list[tuple[float, str]] = []
+    kls: list[float] = []
     for step in steps:
-        if step.replayed.numbers is None:
-            return None, [f"{step.place}: a logit is not finite"], []
-        kl = step.recorded.kl(*step.replayed.numbers)
-        found += [] if kl is None else [kl]
-    if not found:
-        return None, [], ["mean KL is not known: the record has no distributions"]
-    mean_kl = math.fsum(found) / len(found)
-    if limits.mean_kl is None:
-        return mean_kl, [], ["mean KL is not judged: no certificate says how large noise is"]
-    if len(found) < SHORTEST_JUDGED:
-        return mean_kl, [], [f"mean KL is not judged: fewer than {SHORTEST_JUDGED} steps"]
-    if mean_kl > limits.mean_kl:
-        return mean_kl, [f"mean KL {mean_kl:.3g} nats, limit {limits.mean_kl:.3g}"], []
-    return mean_kl, [], []
+        numbers = step.replayed.numbers
+        if numbers is None:
+            return _Logits(None, None, [f"{step.place}: a logit is not finite"], [])
+        drifts.append((step.recorded.drift(numbers.margin) / (step.deviation or 1.0), step.place))
+        kl = step.recorded.kl(numbers.values, numbers.log_sum)
+        kls += [] if kl is None else [kl]
+    largest_drift, place = max(drifts, key=lambda drift: drift[0])
+    failures, notes = [], []
+    if limits.drift is not None and largest_drift > limits.drift:
+        failures.append(f"{place}: the margin is off by {largest_drift:.3g} of the deviation, limit {limits.drift:.3g}")
+    mean_kl = math.fsum(kls) / len(kls) if kls else None
+    if not limits.certified:
+        notes.append("only wide margins are judged: no certificate says how large noise is")
+    elif kls and len(kls) < SHORTEST_JUDGED:
+        notes.append(f"mean KL is not judged: fewer than {SHORTEST_JUDGED} steps")
+    elif mean_kl is not None and limits.mean_kl is not None and mean_kl > limits.mean_kl:
+        failures.append(f"mean KL {mean_kl:.3g} nats, limit {limits.mean_kl:.3g}")
+    return _Logits(largest_drift, mean_kl, failures, notes)

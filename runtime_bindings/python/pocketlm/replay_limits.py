@@ -27,17 +27,20 @@ def limits_of(
     """For the target ``replayed_by`` on what ``recorded_by`` recorded, None for the float64 reference.
 
     ``deviation``: of the recorded logits, in nats. Without a certificate that knows both targets a wide margin is
-    :data:`WIDE_MARGIN`, and the mean KL has no limit.
+    :data:`WIDE_MARGIN`, and neither drift nor mean KL has a limit.
     """
     sides = [replayed_by] if recorded_by is None else [replayed_by, recorded_by]
     noises = [_noise(certificate, target, deviation) for target in sides]
     known = [noise for noise in noises if noise is not None]
     if len(known) < len(noises):
-        return ReplayLimits(margin=WIDE_MARGIN, mean_kl=None, certified=False)
+        return ReplayLimits(margin=WIDE_MARGIN, drift=None, mean_kl=None, certified=False)
+    # A recording is itself off the reference. One side's choice is below the reference's by its margin at most, and the
+    # other may see that choice below its own by its margin more.
+    margin = math.fsum(noise.margin for noise in known)
     return ReplayLimits(
-        # A recording is itself off the reference. One side's choice is below the reference's by its margin at most, and
-        # the other may see that choice below its own by its margin more.
-        margin=math.fsum(noise.margin for noise in known),
+        margin=margin,
+        # Certificates allow a margin as wide as the largest difference of one logit, and of two logits both move.
+        drift=2 * margin,
         # KL is half the variance, under the distribution, of what separates two sets of logits. So its root is a
         # distance while noise is small, and the triangle inequality holds for the roots.
         mean_kl=math.fsum(math.sqrt(noise.mean_kl) for noise in known) ** 2,

@@ -338,21 +338,28 @@ class Divergence(Closed):
 
 
 class ReplayLimits(Closed):
-    """The widest ``margin`` of a near tie, over the deviation; the largest ``mean_kl`` in nats, null: not judged.
-    ``certified``: from the certificate of the bundle; else nobody has measured how large noise is."""
+    """The widest ``margin`` of a near tie, and the largest ``drift`` of a margin, over the deviation; the largest
+    ``mean_kl`` in nats; null: not judged. ``certified``: from the certificate of the bundle; else nobody has measured
+    how large noise is."""
 
     margin: NotNegative
+    drift: NotNegative | None
     mean_kl: NotNegative | None
     certified: bool
 
 
 class ReplayRun(Run):
-    """One runtime on one device, fed the recorded tokens. ``mean_kl``: over the steps, in nats; null if no distribution
-    was recorded, or one is not finite. ``failures``: why it did not pass; ``notes``: what was not judged, and why."""
+    """One runtime on one device, fed the recorded tokens.
+
+    ``largest_drift``: over the steps, at least how far the margin of the recorded choice is from what it was, over the
+    deviation. ``mean_kl``: over the steps, in nats; null if no distribution was recorded. Both are null if a logit is
+    not finite. ``failures``: why it did not pass; ``notes``: what was not judged, and why.
+    """
 
     top1: Top1
     first_divergence: Divergence | None
     widest_divergence: Divergence | None
+    largest_drift: NotNegative | None
     mean_kl: NotNegative | None
     limits: ReplayLimits
     passed: bool

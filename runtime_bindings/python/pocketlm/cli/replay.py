@@ -10,13 +10,13 @@ from pocketlm.cli.console import Debug, Threads, note, reported
 from pocketlm.errors import CheckError, UnavailableError
 
 if TYPE_CHECKING:
-    from pocketlm.results import Divergence, ReplayResult, ReplayRun
+    from pocketlm.results import Divergence, ReplayResult, ReplayRun, Unavailable
 
 __all__ = ["EXAMPLE", "replay"]
 
 EXAMPLE = "Example: pocketlm replay smollm2.pocketlm --session session.jsonl --device host --device qemu:arm64"
 
-COLUMNS = ("device", "runtime", "steps", "top-1", "first divergence", "mean KL", "verdict")
+COLUMNS = ("device", "runtime", "steps", "top-1", "first divergence", "margin drift", "mean KL", "verdict")
 
 
 def replay(
@@ -45,8 +45,8 @@ def replay(
 ) -> None:
     """Feed recorded tokens to each runtime on each device, and compare what it makes of them with the record.
 
-    A choice that differs at a near tie passes, one at a wide margin fails; so does a mean KL beyond what the noise of
-    the targets explains. The limits are those of the bundle's certificate.
+    A choice that differs at a near tie passes, one at a wide margin fails; so do a margin that drifts, and a mean KL,
+    beyond what the noise of the targets explains. The limits are those of the bundle's certificate.
     """
     with reported(debug):
         from pocketlm.replay import replay as replay_session
@@ -78,7 +78,12 @@ def _raise_for(result: "ReplayResult") -> None:
     if failures:
         raise CheckError("; ".join(failures))
     if result.unavailable:
-        raise UnavailableError("; ".join(missing.reason for missing in result.unavailable))
+        raise UnavailableError("; ".join(map(_reason, result.unavailable)))
+
+
+def _reason(missing: "Unavailable") -> str:
+    named = missing.reason.startswith(missing.address)
+    return missing.reason if named else f"{missing.address}: {missing.reason}"
 
 
 def _table(result: "ReplayResult") -> Iterator[str]:
@@ -89,7 +94,7 @@ def _table(result: "ReplayResult") -> Iterator[str]:
     yield f"{recorded.name} of {bundle}, recorded by {by}; sequences {recorded.sequences}, steps {recorded.steps}"
     rows = [COLUMNS, *map(_row, result.runs)]
     for missing in result.unavailable:
-        rows.append((missing.address, missing.runtime or "", "", "", "", "", "not available"))
+        rows.append((missing.address, missing.runtime or "", "", "", "", "", "", "not available"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -103,7 +108,8 @@ def _row(run: "ReplayRun") -> tuple[str, ...]:
         str(run.top1.positions),
         f"{run.top1.agreement:.3f}",
         _divergence(run.first_divergence),
-        _mean_kl(run),
+        _figure(run.largest_drift, run.limits.drift),
+        _figure(run.mean_kl, run.limits.mean_kl),
         "passed" if run.passed else "FAILED",
     )
 
@@ -115,8 +121,7 @@ def _divergence(divergence: "Divergence | None") -> str:
     return f"sequence {divergence.sequence}, step {divergence.step}: {divergence.margin:.3g}, {kind}"
 
 
-def _mean_kl(run: "ReplayRun") -> str:
-    if run.mean_kl is None:
+def _figure(figure: float | None, limit: float | None) -> str:
+    if figure is None:
         return "-"
-    limit = "" if run.limits.mean_kl is None else f" of {run.limits.mean_kl:.3g}"
-    return f"{run.mean_kl:.3g}{limit}"
+    return f"{figure:.3g}" if limit is None else f"{figure:.3g} of {limit:.3g}"
