@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from pocketlm.errors import BundleError, PocketLMError, UnsupportedError
 from pocketlm.runtimes import executorch_torch
 from pocketlm_export.architectures import build_graph
+from pocketlm_export.backends.executorch.importing import ScalarType, schema
 from pocketlm_export.backends.executorch.read import ExecuTorchReader, open_reader
 from pocketlm_export.backends.executorch.reading.execution import execute
 from pocketlm_export.backends.executorch.reading.int8 import round_rows
 from pocketlm_export.backends.executorch.reading.kernels import ATTENTION, UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.pte import PteFile
-from pocketlm_export.backends.executorch.reading.steps import DelegateStep, KernelStep
+from pocketlm_export.backends.executorch.reading.steps import DelegateStep, JumpStep, KernelStep
 from pocketlm_export.backends.reading import Call, NotRun, Past, RowErrors, Run
 from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.graph.graph import Linear
@@ -328,6 +329,45 @@ def test_operators_and_arguments_that_are_not_ours_are_refused_by_name(tiny_bund
         ExecuTorchReader(PteFile(path))
 
 
+def led_back(rewriting: Rewriting, jump: int) -> None:
+    rewriting.lead(jump, jump - 1)
+
+
+def led_beyond_a_cache(rewriting: Rewriting, jump: int) -> None:
+    steps = rewriting.file.steps
+    rewriting.lead(jump, next(i for i in range(jump, len(steps)) if operator(steps[i]) == UPDATE_CACHE) + 1)
+
+
+def decided_by_a_number(rewriting: Rewriting, jump: int) -> None:
+    call = rewriting.call(rewriting.file.steps[jump])
+    call.cond_value_index = rewriting.constant(np.zeros(1, np.float32), ScalarType.FLOAT)
+
+
+def listed_wrongly(rewriting: Rewriting, _jump: int) -> None:
+    lists = [item.val for item in rewriting.forward.values if isinstance(item.val, schema.OptionalTensorList)]
+    scalar = next(i for i, item in enumerate(rewriting.forward.values) if isinstance(item.val, schema.Int))
+    lists[0].items[-1] = scalar
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (led_back, r"instruction \d+: a jump to \d+ of \d+, not forward"),
+        (led_beyond_a_cache, "writes or reads a cache, and a jump may pass over it"),
+        (decided_by_a_number, "a jump that is decided by no tensor of bools"),
+        (listed_wrongly, r"a list of .*, not all of which are Tensors"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_jumps_and_lists_that_are_not_ours_are_refused(change, message, tiny_bundle, tmp_path):
+    path = shutil.copy(pte(tiny_bundle("mixtral-window", "int4", "executorch", "int8")), tmp_path / "model.pte")
+    rewriting = Rewriting(path)
+    change(rewriting, next(i for i, step in enumerate(rewriting.file.steps) if isinstance(step, JumpStep)))
+    rewriting.save()
+    with pytest.raises((BundleError, UnsupportedError), match=rf"model\.pte: .*{message}"):
+        ExecuTorchReader(PteFile(path))
+
+
 @pytest.mark.parametrize(
     "name",
     ["add", "linear", "xor", "keyword_spotting", "deprecated_constant_buffer", "deprecated_no_constant_segment"],
@@ -352,7 +392,8 @@ def test_a_file_that_ends_early_is_refused(tiny_bundle, tmp_path):
 @given(st.data())
 def test_any_byte_of_the_program_may_be_wrong(tiny_bundle, tmp_path, data):
     """Either the file opens, states and computes something, or it is refused with an error of ours."""
-    content = bytearray(pte(tiny_bundle("qwen2-window", "int4", "executorch", "int8")).read_bytes())
+    row = data.draw(st.sampled_from(["qwen2-window", "mixtral-window"]))
+    content = bytearray(pte(tiny_bundle(row, "int4", "executorch", "int8")).read_bytes())
     program = int.from_bytes(content[16:24], "little")
     payload = next(start for start in range(program, len(content)) if content[start + 4 : start + 8] == b"XH00")
     for _ in range(data.draw(st.integers(1, 3))):

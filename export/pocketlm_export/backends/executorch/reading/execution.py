@@ -107,7 +107,7 @@ def execute(file: PteFile, runs: Sequence[Run], observed: Collection[tuple[int, 
                 call.values.pop(index, None)
     (output,) = file.forward.outputs
     for state in states:
-        state.trace.logits = [call.values[output][0, -call.call.rows :] for call in state.calls]
+        state.trace.logits = [_value(file, call, output)[0, -call.call.rows :] for call in state.calls]
     return Execution([state.trace for state in states], delegate_calls, frozenset(ran))
 
 
