@@ -121,20 +121,19 @@ def choose_runtimes(bundle: Bundle, device: Device, wanted: Sequence[str], optio
     :class:`UnavailableError` for one that isn't installed, or interpreted here, and :class:`UnsupportedError` for
     packed weights or a profile where there is none.
     """
-    held = [name for name in RUNTIMES if name in bundle.manifest.targets]
-    here = bundle.runtimes() if device.address == "host" else held
-    measurable = [name for name in here if name not in INTERPRETED or device.address.startswith("ios")]
+    measurable = [name for name in device.runtimes() if name in bundle.manifest.targets]
     for name in wanted:
         if name not in RUNTIMES:
             raise InputError(f"unknown runtime {name!r:.40}; valid: {', '.join(RUNTIMES)}")
         bundle.artifact(name)
-        if name in INTERPRETED and name not in measurable:
+        if name in measurable:
+            continue
+        if name in INTERPRETED:
             raise UnavailableError(
                 f"{name} can't be measured on {device.address}: {INTERPRETED[name]}, and its speed means nothing; "
                 f"measurable in this bundle: {', '.join(measurable) or 'nothing'}"
             )
-        if name not in measurable:
-            raise UnavailableError(f"the {name} runtime is not installed: pip install 'pocketlm[{name}]'")
+        raise UnavailableError(f"the {name} runtime is not on {device.address}: pip install 'pocketlm[{name}]'")
     chosen = list(dict.fromkeys(wanted)) or measurable[:1]
     if not chosen:
         extras = " or ".join(f"'pocketlm[{name}]'" for name in bundle.manifest.targets if name not in INTERPRETED)
