@@ -86,7 +86,7 @@ class TextPart:
         """In words, what of the checkpoint is not exported."""
         counts = {part: sum(name.startswith(part) for name in files) for part in self.others}
         parts = [f"{part.rstrip('.')} ({count} tensors)" for part, count in counts.items() if count]
-        return f"only the text part of {self.class_name}: left out are {', '.join(parts) or 'no tensors'}; no images"
+        return f"of {self.class_name} the text part alone, without {', '.join(parts) or 'any tensors of others'}"
 
     def _renamed(self, name: str) -> str:
         prefix = next((prefix for prefix in self.names if name.startswith(prefix)), "")

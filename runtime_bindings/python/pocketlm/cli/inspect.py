@@ -120,7 +120,7 @@ def _print_checkpoint(description: Mapping[str, Any]) -> None:
         (
             ("checkpoint", description["path"]),
             ("model", f"{model['model_type']}, {description['parameters']:,} parameters, {model['layers']} layers"),
-            *((("text alone", description["left_out"]),) if description["left_out"] else ()),
+            *((("exported", description["left_out"]),) if description["left_out"] else ()),
             ("context", f"{model['context_length']:,} positions{windows}"),
             ("stored as", ", ".join(f"{count:,} {dtype}" for dtype, count in description["stored_as"].items())),
             *((f"as {name}", f"{readable(size)} of weights") for name, size in description["weight_bytes"].items()),
