@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 import pocketlm
 from pocketlm.manifest import FORMAT_VERSION, Manifest, Model
+from pocketlm.recording import RecordedSampling, SequenceLine, SessionLine, StepLine
+from pocketlm.results import Divergence, ReplayLimits, ReplayResult, ReplayRun, SessionRecord, Unavailable
 from pocketlm_export.golden import LARGEST_REPLAYED
 from tests.small_checkpoint import write_small_checkpoint
 
@@ -84,6 +86,20 @@ def test_the_prose_names_every_key_of_the_golden_vectors(bundle):
         assert f"`{path.name}`" in golden
         for key in json.loads(path.read_text(encoding="utf-8").split("\n")[0]):
             assert f"`{key}`" in golden, (path.name, key)
+
+
+@pytest.mark.parametrize(
+    ("heading", "types"),
+    [
+        ("# Recorded sessions", (SessionLine, SequenceLine, StepLine, RecordedSampling)),
+        ("## A run of a replay", (Divergence, ReplayLimits, SessionRecord, Unavailable)),
+        ("# Results", (ReplayResult, ReplayRun)),
+    ],
+)
+def test_the_prose_names_every_key_of_sessions_and_replays(heading, types):
+    prose = (FOLDER / "FORMAT.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_0-9]+)`", prose[prose.index(heading) :]))
+    assert {key for kind in types for key in kind.model_fields} <= named
 
 
 def test_the_examples_of_the_contract_run(tmp_path):

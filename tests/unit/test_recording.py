@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from pocketlm.recording import read_session
 from pocketlm.sampling import Sampling
 from tests.small_checkpoint import write_small_checkpoint
 
+SCHEMA = Path(__file__).parents[2] / "runtime_bindings" / "schema" / "session.schema.json"
 PROMPT = "def f(a):"
 
 
@@ -63,6 +65,19 @@ def test_every_step_is_what_the_model_gave(bundle, tmp_path):
             )  # fmt: skip
             fed = [token]
     assert generate(bundle, **options) == pieces, "who looks changes nothing"
+
+
+def test_every_line_is_valid_by_the_committed_schema(bundle, tmp_path):
+    recorder = Recorder(bundle, "onnx")
+    generate(bundle, recorder, max_new_tokens=3)
+    recorder.save(tmp_path / "session.jsonl")
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (tmp_path / "session.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+    for line in lines:
+        jsonschema.validate(line, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**line, "more": 1}, schema)
 
 
 def test_a_generation_that_is_broken_off_is_kept_as_far_as_it_came(bundle, tmp_path):

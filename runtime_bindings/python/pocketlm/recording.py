@@ -24,6 +24,7 @@ from pocketlm.strict_json import parse_object
 __all__ = [
     "FORMAT_VERSION",
     "AnyLine",
+    "RecordedSampling",
     "RecordedSequence",
     "RecordedSession",
     "SequenceLine",
