@@ -21,7 +21,7 @@ FEATURES = (
 def machine_facts() -> dict[str, str]:
     """``system``, ``cpu``, ``cores`` that this process may use, ``features``: the CPU's, of those that matter, and
     ``governor``: of the cores' frequencies, where the system tells it."""
-    facts = {"system": platform.system(), "cpu": platform.processor() or platform.machine(), "cores": str(_cores())}
+    facts = {"system": platform.system(), "cpu": platform.machine(), "cores": str(_cores())}
     if governors := _governors():
         facts["governor"] = governors
     known: dict[str, str] = {}
