@@ -1,19 +1,18 @@
 """This machine: the agent runs in this Python, on the bundle's own files."""
 
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pocketlm.agent import PROFILE_FILE
 from pocketlm.artifact import Artifact
 from pocketlm.bundle import RUNTIMES
-from pocketlm.devices.answer import read_answer
 from pocketlm.devices.base import Device, Facts, Found, Outcome
-from pocketlm.errors import InputError, UnavailableError
+from pocketlm.devices.local_agent import run_agent
+from pocketlm.errors import InputError
 from pocketlm.job import Job
 from pocketlm.machine import machine_facts
 
@@ -31,29 +30,14 @@ class Host(Device):
         return [name for name in super().runtimes() if importlib.util.find_spec(RUNTIMES[name]) is not None]
 
     def place(self, artifact: Artifact) -> Artifact:
-        return artifact
+        return replace(artifact, path=artifact.path.absolute())
 
     def run(self, job: Job, folder: Path, *, limit: float) -> Outcome:
-        source, result = folder / "job.json", folder / "result.jsonl"
-        source.write_text(json.dumps(job.to_json()), encoding="utf-8")
-        # -P: no module of the folder that the command was given in.
-        command = [sys.executable, "-P", "-m", "pocketlm.agent", str(source), str(result)]
-        with (folder / "stderr").open("w+b") as errors:
-            try:
-                process = subprocess.run(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=errors,
-                    stderr=errors,
-                    timeout=limit,
-                    env={**os.environ, "PYTHONHASHSEED": "0"},
-                    check=False,
-                )
-            except subprocess.TimeoutExpired as error:
-                raise UnavailableError(f"{self.address}: the agent did not end within {limit:g} s") from error
-            errors.seek(0)
-            said = errors.read().decode(errors="replace")
-        lines = read_answer(self.address, result, process.returncode, said)
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        if "PYTHONPATH" in environment:  # the agent runs in another folder
+            places = environment["PYTHONPATH"].split(os.pathsep)
+            environment["PYTHONPATH"] = os.pathsep.join(str(Path(place).absolute()) for place in places if place)
+        lines = run_agent(self.address, [sys.executable], environment, job, folder, limit)
         profile = folder / PROFILE_FILE
         return Outcome(lines, profile=profile if profile.exists() else None)
 

@@ -21,7 +21,8 @@ RECORD = ".pocketlm-part.json"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a part is made. ``key`` tells everything that it is made from: a part of another key is made again.
+    """How a part is made. ``key`` tells everything that it is made from: a part of another key is made again, and so is
+    one of whose ``needs`` another part is made.
 
     ``make`` fills an empty folder, and returns the versions of what it put there.
     """
@@ -29,6 +30,7 @@ class Recipe:
     name: str
     key: str
     make: Callable[[Path], Mapping[str, str]]
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

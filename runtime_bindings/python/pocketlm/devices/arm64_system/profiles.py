@@ -42,9 +42,12 @@ MAX = (
     "fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc dcpop sha3 sm3 sm4 "
     "asimddp sha512 asimdfhm ilrcpc flagm sb paca pacg dcpodp flagm2 frint i8mm bf16 rng bti mte"
 )
+# QEMU's CPU calls itself 0x000F0510, and onnxruntime 1.32 crashes on that when it is imported; a Neoverse V1 has these
+# instructions.
+NEOVERSE_V1 = 0x411FD401
 PROFILES: Mapping[str, Profile] = {
     "cortex-a53": Profile("cortex-a53", "no dot products", A53, 0x410FD034),
     "cortex-a76": Profile("cortex-a76", "dotprod", A76, 0x414FD0B1),
-    "max": Profile("max,sve=off,sme=off", "dotprod, i8mm, bf16", MAX, 0x000F0510),
+    "max": Profile("max,sve=off,sme=off", "dotprod, i8mm, bf16", MAX, NEOVERSE_V1),
 }
 DEFAULT_PROFILE = "cortex-a76"

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from pocketlm.devices.arm64_system.deb_archive import unpack_deb
 from pocketlm.devices.arm64_system.debian import DebianRelease
+from pocketlm.devices.arm64_system.emulation import COUNTER_IN_ROOT, emulated_python, environment, write_machine
 from pocketlm.devices.arm64_system.parts import PartStore, Recipe
-from pocketlm.devices.arm64_system.profiles import PROFILES
+from pocketlm.devices.arm64_system.profiles import DEFAULT_PROFILE, PROFILES
 from pocketlm.devices.arm64_system.progress import Progress
 from pocketlm.errors import UnavailableError
 
@@ -20,7 +21,7 @@ __all__ = ["SUITE", "native_source", "recipes"]
 
 SUITE = "bookworm"
 HERE = Path(__file__).parent
-REQUIREMENTS, COUNTER = HERE / "requirements.txt", HERE / "instruction_counter.c"
+REQUIREMENTS, COUNTER, CLOCK = HERE / "requirements.txt", HERE / "instruction_counter.c", HERE / "emulated_clock.cpp"
 UNPACKING = 1  # changes with which of the packages' files are kept
 OLDEST_CMAKE = (3, 19)
 
@@ -46,6 +47,17 @@ LD_LIBRARY_PATH={compiler}/usr/lib/x86_64-linux-gnu exec {compiler}/usr/bin/aarc
 """
 
 
+# What the agent and the runtimes import; of two runtimes also that their libraries load.
+ONCE = """
+import argparse, contextlib, ctypes, dataclasses, datetime, hashlib, importlib.metadata, json, math, platform, re, runpy
+import secrets, shutil, subprocess, sys, tempfile, threading, typing, weakref
+import numpy, onnxruntime, executorch
+(folder,) = __import__("pocketlm_native").__path__
+ctypes.CDLL(f"{folder}/libpocketlm_executorch.so")
+print(platform.python_version())
+"""
+
+
 def recipes(store: PartStore, release: DebianRelease, progress: Progress) -> list[Recipe]:
     """All parts, in the order in which they need one another."""
 
@@ -61,12 +73,24 @@ def recipes(store: PartStore, release: DebianRelease, progress: Progress) -> lis
     wheels = Recipe("wheels", _key(REQUIREMENTS), lambda folder: _install_wheels(folder, progress))
     native = Recipe(
         "native",
-        f"{compiler.key}\n{wheels.key}\n{_key(*_sources(native_source()))}",
+        _key(*_sources(native_source())),
         lambda folder: _compile_native(store, folder, progress),
+        needs=("compiler", "wheels"),
     )
-    counter = Recipe("counter", _key(COUNTER), lambda folder: _compile_counter(folder, progress))
-    texts = (profile.cpuinfo for profile in PROFILES.values())
-    return [root, emulator, compiler, wheels, native, counter, Recipe("profiles", _text_key(*texts), _link_profiles)]
+    counter = Recipe(
+        "counter",
+        _key(COUNTER, CLOCK),
+        lambda folder: _compile_counter(store.path("compiler"), folder, progress),
+        needs=("compiler",),
+    )
+    profiles = Recipe("profiles", _key(HERE / "profiles.py", HERE / "emulation.py"), _link_profiles)
+    bytecode = Recipe(
+        "bytecode",
+        _text_key(ONCE),
+        lambda folder: _compile_bytecode(store, folder, progress),
+        needs=("root", "emulator", "wheels", "native", "profiles"),
+    )
+    return [root, emulator, compiler, wheels, native, counter, profiles, bytecode]
 
 
 def native_source() -> Path:
@@ -139,18 +163,16 @@ def _install_wheels(folder: Path, progress: Progress) -> Mapping[str, str]:
 
 def _compile_native(store: PartStore, folder: Path, progress: Progress) -> Mapping[str, str]:
     progress.stage("compiling the native ExecuTorch session for arm64", 0)
-    source, build, compiler = native_source(), folder / "build", folder / "tools/g++"
-    compiler.parent.mkdir()
-    compiler.write_text(COMPILER_SCRIPT.format(compiler=shlex.quote(str(store.path("compiler")))), encoding="utf-8")
-    compiler.chmod(0o755)
+    source, build = native_source(), folder / "build"
+    (folder / "tools").mkdir()
     # The folders' names would reach the library through __FILE__, and move its code by a few instructions.
-    maps = " ".join(f"-ffile-prefix-map={place}={name}" for place, name in ((store.folder, "."), (source, "native")))
+    maps = (f"-ffile-prefix-map={place}={name}" for place, name in ((store.folder, "."), (source, "native")))
     settings = {
         "CMAKE_SYSTEM_NAME": "Linux",
         "CMAKE_SYSTEM_PROCESSOR": "aarch64",
         "CMAKE_SYSROOT": store.path("compiler"),
-        "CMAKE_CXX_COMPILER": compiler,
-        "CMAKE_CXX_FLAGS": maps,
+        "CMAKE_CXX_COMPILER": _write_cross_compiler(store.path("compiler"), folder / "tools/g++"),
+        "CMAKE_CXX_FLAGS": shlex.join(maps),
         "CMAKE_SHARED_LINKER_FLAGS": "-s",
         "CMAKE_BUILD_TYPE": "Release",
         "executorch_DIR": store.path("wheels") / "executorch/lib/cmake/executorch",
@@ -166,6 +188,12 @@ def _compile_native(store: PartStore, folder: Path, progress: Progress) -> Mappi
     return {"source": f"sha256:{_key(*_sources(source))}"}
 
 
+def _write_cross_compiler(compiler: Path, script: Path) -> Path:
+    script.write_text(COMPILER_SCRIPT.format(compiler=shlex.quote(str(compiler))), encoding="utf-8")
+    script.chmod(0o755)
+    return script
+
+
 def _cmake(tools: Path) -> str:
     """The host's if it is new enough, else one from PyPI in ``tools``."""
     found = shutil.which("cmake")
@@ -177,29 +205,55 @@ def _cmake(tools: Path) -> str:
     return str(tools / "cmake/data/bin/cmake")
 
 
-def _compile_counter(folder: Path, progress: Progress) -> Mapping[str, str]:
+def _compile_counter(compiler: Path, folder: Path, progress: Progress) -> Mapping[str, str]:
     progress.stage("compiling the counter of instructions", 0)
-    _run("cc", "-shared", "-fPIC", "-O2", "-nostdlib", "-o", folder / "instruction_counter.so", COUNTER)
-    return {"source": f"sha256:{_key(COUNTER)}"}
+    options = ("-shared", "-fPIC", "-O2", "-nostdlib", "-o")
+    _run("cc", *options, folder / "instruction_counter.so", COUNTER)
+    cross = _write_cross_compiler(compiler, folder / "g++")
+    _run(
+        cross,
+        f"--sysroot={compiler}",
+        "-fno-threadsafe-statics",
+        "-mno-outline-atomics",
+        *options,
+        folder / "emulated_clock.so",
+        CLOCK,
+    )
+    cross.unlink()
+    return {"source": f"sha256:{_key(COUNTER, CLOCK)}"}
 
 
 def _link_profiles(folder: Path) -> Mapping[str, str]:
     """A root for each CPU: the emulator finds /proc/cpuinfo in it, and all else through links."""
     for name, profile in PROFILES.items():
-        (folder / name / "proc").mkdir(parents=True)
-        (folder / name / "proc" / "cpuinfo").write_text(profile.cpuinfo, encoding="utf-8")
+        write_machine(profile, folder / name)
         for top in ("lib", "usr", "etc"):
             (folder / name / top).symlink_to(Path("../../root") / top)
+        (folder / name / COUNTER_IN_ROOT.lstrip("/")).symlink_to(Path("../../counter"))
     return {name: profile.kernels for name, profile in PROFILES.items()}
+
+
+def _compile_bytecode(store: PartStore, folder: Path, progress: Progress) -> Mapping[str, str]:
+    """Import once, on the emulated CPU, what each job imports: bytecode is left, and it is known to work."""
+    progress.stage("starting the emulated Python", 0)
+    settings = {
+        **environment(store.folder),
+        "PYTHONPYCACHEPREFIX": str(folder),
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
+    printed = _run(*emulated_python(store.folder, DEFAULT_PROFILE), "-P", "-c", ONCE, environment=settings)
+    return {"Python": printed.strip()}
 
 
 def _pip(*arguments: str) -> None:
     _run(sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input", *arguments)
 
 
-def _run(*command: str | Path) -> str:
-    """What the command printed. Raises :class:`UnavailableError` with the last line of what it said if it fails."""
-    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+def _run(*command: str | Path, environment: Mapping[str, str] | None = None) -> str:
+    """What the command printed. Raises :class:`UnavailableError` with what it said of an error if it fails."""
+    process = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False
+    )
     if process.returncode:
         lines = [line for line in (process.stdout + process.stderr).splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower()] or lines[-1:] or ["it said nothing"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pocketlm.cache import cache_folder
 from pocketlm.devices.arm64_system.debian import DebianRelease, debian_mirror
-from pocketlm.devices.arm64_system.parts import PartStore
+from pocketlm.devices.arm64_system.parts import PartStore, Recipe, Record
 from pocketlm.devices.arm64_system.progress import Progress
 from pocketlm.devices.arm64_system.recipes import SUITE, recipes
 from pocketlm.errors import UnavailableError
@@ -33,6 +33,18 @@ class Arm64System:
         self.counter = store.path("counter") / "instruction_counter.so"
         self.profiles = store.path("profiles")
         """A folder for each profile: the root as a process on that CPU sees it."""
+        self._store = store
+
+    def record(self, part: str) -> Record:
+        """What the part of that name is. Raises :class:`UnavailableError` if it is gone."""
+        record = self._store.record(part)
+        if record is None:
+            raise UnavailableError(f"{self._store.path(part)}: not set up")
+        return record
+
+    def records(self) -> dict[str, Record]:
+        """All parts."""
+        return {recipe.name: self.record(recipe.name) for recipe in _recipes(self._store, Progress())}
 
 
 def obstacle() -> str:
@@ -46,7 +58,7 @@ def obstacle() -> str:
 def find_system() -> Arm64System:
     """The system as it is. Raises :class:`UnavailableError` if it isn't set up, or a file of it is missing or short."""
     store = _store()
-    for recipe in recipes(store, _release(store), Progress()):
+    for recipe in _recipes(store, Progress()):
         if fault := store.fault(recipe, hashes=False):
             raise UnavailableError(f"{store.path(recipe.name)}: {fault}: run 'pocketlm devices setup qemu:arm64'")
     return Arm64System(store)
@@ -62,8 +74,12 @@ def set_up(progress: Progress, *, anew: bool = False) -> Arm64System:
         raise UnavailableError(f"qemu:arm64 can't be set up here: {reason}")
     store = _store()
     with store.locked(lambda: progress.stage("waiting for another process that sets it up", 0)):
-        parts = recipes(store, _release(store), progress)
-        wanted = [recipe for recipe in parts if anew or store.fault(recipe, hashes=True)]
+        parts = _recipes(store, progress)
+        wanted: list[Recipe] = []
+        for recipe in parts:
+            stale = any(other.name in recipe.needs for other in wanted)
+            if anew or stale or store.fault(recipe, hashes=True):
+                wanted.append(recipe)
         free = shutil.disk_usage(store.folder).free
         if wanted and free < NEEDED:
             raise UnavailableError(f"{store.folder}: {NEEDED >> 20} MB are needed, {free >> 20} MB are free")
@@ -77,8 +93,8 @@ def _store() -> PartStore:
     return PartStore(cache_folder() / "devices" / "qemu-arm64")
 
 
-def _release(store: PartStore) -> DebianRelease:
-    return DebianRelease(debian_mirror(), SUITE, _downloads(store))
+def _recipes(store: PartStore, progress: Progress) -> list[Recipe]:
+    return recipes(store, DebianRelease(debian_mirror(), SUITE, _downloads(store)), progress)
 
 
 def _downloads(store: PartStore) -> Path:
