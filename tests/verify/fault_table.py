@@ -26,6 +26,7 @@ from pocketlm_export.quantization.weights import quantize
 from pocketlm_export.verify.subject import Subject, exported_subject, scheme_rows
 from pocketlm_export.verify.verification import measure
 from tests.tiny_models import ROWS, write_checkpoint
+from tests.verify import sparse_blocks
 from tests.verify.injection import copied_with_fault, faults, places_of
 
 __all__ = ["CASES", "TARGETS", "Case", "FaultTable", "Row"]
@@ -37,9 +38,8 @@ MODEL = "qwen2-window"
 MODELS = {
     "lm head untied": "qwen2",
     "soft cap ignored": "qwen2 with soft caps",
-    **dict.fromkeys(
-        ("one expert less", "shares not divided by their sum", "experts in another order", "jumps inverted"), "mixtral"
-    ),
+    **dict.fromkeys((fault for target in TARGETS for fault in faults(target, "expert_faults")), "mixtral"),
+    **dict.fromkeys(sparse_blocks.WRONG, sparse_blocks.MODEL),
 }
 
 

@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,9 +24,9 @@ Fault = Callable[[Path, Any], None]
 KINDS = ("faults", "expert_faults", "sparsity_faults")
 
 
-def faults(target: str) -> Mapping[str, Fault]:
-    """The faults that an artifact of ``target`` can hold, by name."""
-    return {name: fault for module in _modules(target) for name, fault in module.FAULTS.items()}
+def faults(target: str, *kinds: str) -> Mapping[str, Fault]:
+    """The faults that an artifact of ``target`` can hold, by name; of these ``kinds``, by default of all."""
+    return {name: fault for module in _modules(target, kinds or KINDS) for name, fault in module.FAULTS.items()}
 
 
 def places_of(target: str, fault: str, bundle: Bundle) -> list[Any]:
@@ -44,8 +44,8 @@ def copied_with_fault(bundle: Bundle, target: str, fault: str, place: Any, folde
     return open_bundle(folder)
 
 
-def _modules(target: str) -> list[ModuleType]:
-    names = [f"tests.verify.{target}_{kind}" for kind in KINDS]
+def _modules(target: str, kinds: Sequence[str] = KINDS) -> list[ModuleType]:
+    names = [f"tests.verify.{target}_{kind}" for kind in kinds]
     return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
 
 

@@ -33,10 +33,15 @@ def read_experts(walk: Walk) -> Iterator[WrittenExperts]:
         values, indices = top.outputs
         tables = tuple(_row_tables(walk, indices, chosen))
         sums = [o for o in walk.of_kind("reduce_sum") if o.inputs["x"] == (values,)]
+        mixed = values
         for total in sums:
             walk.expect(total, axes=[-1], keep_dims=True)
             quotient = walk.reader(total.outputs[0], "real_div")
             walk.same([*quotient.inputs["x"], values], "other shares divided by the sum")
+            (mixed,) = quotient.outputs
+        apart = walk.reader(mixed, "reshape")
+        walk.expect(apart, shape=[chosen, 1, 1])
+        walk.reader(apart.outputs[0], "mul")
         yield WrittenExperts(chosen, bool(sums), indices, tables)
 
 
