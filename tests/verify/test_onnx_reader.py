@@ -122,6 +122,14 @@ def test_every_product_is_what_its_inputs_make(name, tiny_bundle):
     assert opened(tiny_bundle(name, "fp32", "onnx")).kernels(RUNS) == NotRun("nothing is quantized")
 
 
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe-plain-shares"])
+def test_every_mixture_of_experts_is_what_its_inputs_make(name, scheme, tiny_bundle):
+    measured = opened(tiny_bundle(name, scheme, "onnx")).kernels(RUNS)
+    assert measured.pieces == 3 * (2 + 1) + 2  # of a layer: merged queries, keys and values, results, the experts
+    assert measured.errors.max() <= 1e-5
+
+
 def test_exposing_the_products_changes_no_bit(tiny_bundle):
     bundle = tiny_bundle("qwen2-window", "int4", "onnx")
     path = bundle.folder / "onnx/model.onnx"

@@ -259,9 +259,9 @@ class _State:
 
     def _share_out(self, name: str, rows: Tensor) -> None:
         """To each run's trace the rows of its tokens."""
-        parts = rows.split([len(run.tokens) for run in self.lane.runs])
-        for trace, part in zip(self.traces, parts, strict=True):
-            getattr(trace, name).append(part.numpy())
+        ends = np.cumsum([len(run.tokens) for run in self.lane.runs])
+        for trace, part in zip(self.traces, np.split(rows.numpy(), ends[:-1]), strict=True):
+            getattr(trace, name).append(part)
 
     def finish(self, logits: Value) -> list[Trace]:
         rows, first = self.values[logits].numpy(), 0

@@ -17,7 +17,7 @@ from pocketlm_export.backends.onnx.file import ATTENTIONS, OnnxFile, WrittenNode
 from pocketlm_export.backends.onnx.operators import OPERATORS, WITH_MATRIX
 from pocketlm_export.backends.reading import Run, Trace
 
-__all__ = ["execute", "own_positions"]
+__all__ = ["execute", "operator_of", "own_positions"]
 
 Array = npt.NDArray[Any]
 Values = Sequence[Array]  # one for each call
@@ -77,7 +77,7 @@ class _Caches:
     def attend(self, file: OnnxFile, node: WrittenNode, arguments: Sequence[Values | Array | None]) -> list[Values]:
         """Call after call, over buffers of its own for each run."""
         layer = _layer(file, node)
-        compute = _operator(file, node)
+        compute = operator_of(file, node)
         outputs: list[Array] = []
         index = 0
         for run, added in zip(self._runs, self._added, strict=True):
@@ -176,7 +176,7 @@ def _of_call(argument: Values | Array | None, index: int) -> Array | None:
 def _one_by_one(
     file: OnnxFile, node: WrittenNode, arguments: Sequence[Values | Array | None], calls: int
 ) -> list[Values]:
-    compute = _operator(file, node)
+    compute = operator_of(file, node)
     results = [compute([_of_call(argument, index) for argument in arguments]) for index in range(calls)]
     made: list[Values] = []
     for name, values in zip(node.outputs, zip(*results, strict=True), strict=False):
@@ -198,12 +198,12 @@ def _together(file: OnnxFile, node: WrittenNode, arguments: Sequence[Values | Ar
     x = arguments[0]
     if x is None or isinstance(x, np.ndarray):
         raise UnsupportedError(f"{file.path}: {node.name}: a product of constants is not supported")
-    (y,) = _operator(file, node)(joined)
+    (y,) = operator_of(file, node)(joined)
     assert y is not None
     return [np.split(y, np.cumsum([value.shape[-2] for value in x])[:-1].tolist(), -2)]
 
 
-def _operator(file: OnnxFile, node: WrittenNode) -> Operator:
+def operator_of(file: OnnxFile, node: WrittenNode) -> Operator:
     """What computes ``node`` for the inputs of one call. Refuses what the operator's function doesn't know."""
     function = OPERATORS.get(node.operator)
     if function is None:

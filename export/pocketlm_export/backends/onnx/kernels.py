@@ -1,10 +1,11 @@
-"""Every quantized product of the shipped artifact in the real ONNX Runtime, recomputed from the inputs that it had."""
+"""Every quantized product and every mixture of quantized experts of the shipped artifact in the real ONNX Runtime,
+recomputed from the inputs that it had."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,9 @@ import onnx
 
 from pocketlm.errors import UnsupportedError
 from pocketlm.manifest import Model
-from pocketlm_export.backends.onnx.file import OnnxFile
-from pocketlm_export.backends.onnx.matrices import QuantizedMatrix, product, quantized_matrices
+from pocketlm_export.backends.onnx.execute import operator_of
+from pocketlm_export.backends.onnx.file import OnnxFile, WrittenNode
+from pocketlm_export.backends.onnx.matrices import QMOE, QuantizedMatrix, product, quantized_matrices
 from pocketlm_export.backends.onnx.pieces import cut_pieces
 from pocketlm_export.backends.onnx.runtime import Relay, run_decoder, run_head, start_session
 from pocketlm_export.backends.reading import NotRun, RowErrors, Run
@@ -28,6 +30,22 @@ EXPOSED_BYTES = 128 << 20  # of inputs and outputs of products that a session gi
 ROUNDED = 4  # MatMulNBits' accuracy_level of int8 activations
 
 
+class _Piece(Protocol):
+    """What is judged: ``reads`` and ``y`` are names of values, ``width`` their columns together."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+    @property
+    def y(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+
+    def recomputed(self, file: OnnxFile, seen: Mapping[str, Array]) -> Array:
+        """What ``y`` should be for the rows ``[positions, width]`` that were seen, float64."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Product:
     """A product with the names of what it reads and makes."""
@@ -37,6 +55,47 @@ class _Product:
     x: str
     y: str
     bias: str
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.x,)
+
+    @property
+    def width(self) -> int:
+        return self.matrix.rows + self.matrix.columns
+
+    def recomputed(self, file: OnnxFile, seen: Mapping[str, Array]) -> Array:
+        x = seen[self.x]
+        if self.matrix.accuracy_level == ROUNDED:
+            x = _rounded(x, self.matrix.block)
+        y = product(x.astype(np.float64), *self.matrix.packed(file), self.matrix.bits)
+        return y + file.constant(self.bias) if self.bias else y
+
+
+@dataclass(frozen=True, slots=True)
+class _Mixture:
+    """A mixture of experts: its choices are made anew from the scores that the kernel got."""
+
+    node: WrittenNode
+    reads: tuple[str, ...]
+    width: int
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @property
+    def y(self) -> str:
+        return self.node.outputs[0]
+
+    def recomputed(self, file: OnnxFile, seen: Mapping[str, Array]) -> Array:
+        inputs = [
+            seen[name].astype(np.float64) if name in self.reads else file.constant(name) if name else None
+            for name in self.node.inputs
+        ]
+        (y,) = operator_of(file, self.node)(inputs)
+        assert y is not None
+        return y
 
 
 def activation_rounding(
@@ -74,11 +133,11 @@ def check_kernels(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model:
     sample = [replace(run, calls=run.calls[:CALLS]) for run in runs]
     positions = sum(len(run.tokens) for run in sample)
     errors: dict[str, Array] = {}
-    quantized = list(_products(decoder))
+    quantized: list[_Piece] = [*_products(decoder), *_mixtures(decoder)]
     relay = Relay(decoder, sample, model)
     for piece in cut_pieces(decoder, decoder.model) if quantized else []:
-        products = (product for product in quantized if product.y in piece.made)
-        for group in list(_groups(products, positions)) or [[]]:  # a piece without any is run for the next one
+        judged = (part for part in quantized if part.y in piece.made)
+        for group in list(_groups(judged, positions)) or [[]]:  # a piece without any is run for the next one
             names = _values_of(group)
             seen: dict[str, list[Array]] = defaultdict(list)
 
@@ -87,12 +146,12 @@ def check_kernels(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model:
                     seen[name].append(value)
 
             relay.run(piece, _exposing(piece.model, names), names, collect)
-            errors |= {product.name: _row_errors(decoder, product, seen) for product in group}
+            errors |= {part.name: _row_errors(decoder, part, seen) for part in group}
     states = _hidden_states(decoder, sample, model)
     if states:
         for group in _groups(_products(head), sum(value.shape[1] for value in states)):
             seen = _head_values(head, group, states)
-            errors |= {f"{head.path.name} {product.name}": _row_errors(head, product, seen) for product in group}
+            errors |= {f"{head.path.name} {part.name}": _row_errors(head, part, seen) for part in group}
     if not errors:
         return NotRun("nothing is quantized")
     worst = max(errors, key=lambda name: float(errors[name].max()))
@@ -105,11 +164,21 @@ def _products(file: OnnxFile) -> Iterator[_Product]:
             yield _Product(node.name, matrix, node.input(0), node.outputs[0], node.input(5))
 
 
-def _groups(pieces: Iterator[_Product], positions: int) -> Iterator[list[_Product]]:
-    group: list[_Product] = []
+def _mixtures(file: OnnxFile) -> Iterator[_Mixture]:
+    constants = set(file.constants)
+    for node in file.nodes:
+        if node.operator == QMOE:
+            reads = tuple(name for name in node.inputs if name and name not in constants)
+            down = file.constant(node.input(5))
+            # x and y are as wide as the experts' results; of scores and shares there is one for each expert.
+            yield _Mixture(node, reads, 2 * down.shape[1] + (len(reads) - 1) * down.shape[0])
+
+
+def _groups(pieces: Iterator[_Piece], positions: int) -> Iterator[list[_Piece]]:
+    group: list[_Piece] = []
     size = 0
     for piece in pieces:
-        exposed = 4 * positions * (piece.matrix.rows + piece.matrix.columns)
+        exposed = 4 * positions * piece.width
         if group and size + exposed > EXPOSED_BYTES:
             yield group
             group, size = [], 0
@@ -135,7 +204,7 @@ def _hidden_states(file: OnnxFile, runs: Sequence[Run], model: Model) -> list[Ar
     return states
 
 
-def _head_values(file: OnnxFile, group: Sequence[_Product], states: Sequence[Array]) -> dict[str, list[Array]]:
+def _head_values(file: OnnxFile, group: Sequence[_Piece], states: Sequence[Array]) -> dict[str, list[Array]]:
     names = _values_of(group)
     session = start_session(file, _exposing(file.model, names))
     seen: dict[str, list[Array]] = defaultdict(list)
@@ -145,8 +214,8 @@ def _head_values(file: OnnxFile, group: Sequence[_Product], states: Sequence[Arr
     return seen
 
 
-def _values_of(group: Sequence[_Product]) -> list[str]:
-    return list(dict.fromkeys(name for piece in group for name in (piece.x, piece.y)))
+def _values_of(group: Sequence[_Piece]) -> list[str]:
+    return list(dict.fromkeys(name for piece in group for name in (*piece.reads, piece.y)))
 
 
 def _exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
@@ -158,16 +227,13 @@ def _exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     return exposing
 
 
-def _row_errors(file: OnnxFile, piece: _Product, seen: Mapping[str, Sequence[Array]]) -> npt.NDArray[np.float64]:
-    x, made = (
-        np.concatenate([value.reshape(-1, value.shape[-1]) for value in seen[name]]) for name in (piece.x, piece.y)
-    )
-    if piece.matrix.accuracy_level == ROUNDED:
-        x = _rounded(x, piece.matrix.block)
-    y = product(x.astype(np.float64), *piece.matrix.packed(file), piece.matrix.bits)
-    if piece.bias:
-        y += file.constant(piece.bias)
-    difference = np.linalg.norm(made - y, axis=1)
+def _row_errors(file: OnnxFile, piece: _Piece, seen: Mapping[str, Sequence[Array]]) -> npt.NDArray[np.float64]:
+    rows = {
+        name: np.concatenate([value.reshape(-1, value.shape[-1]) for value in seen[name]])
+        for name in (*piece.reads, piece.y)
+    }
+    y = piece.recomputed(file, rows)
+    difference = np.linalg.norm(rows[piece.y] - y, axis=1)
     return difference / np.maximum(np.linalg.norm(y, axis=1), np.finfo(np.float32).tiny)
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pocketlm.errors import BundleError, UnsupportedError
 from pocketlm_export.backends.onnx.file import MICROSOFT, OnnxFile, WrittenNode
 
-__all__ = ["QuantizedMatrix", "dequantized", "product", "quantized_matrices", "row_ranges", "signed_codes"]
+__all__ = ["QMOE", "QuantizedMatrix", "dequantized", "product", "quantized_matrices", "row_ranges", "signed_codes"]
 
 Array = npt.NDArray[Any]
 QMOE = f"{MICROSOFT}QMoE"

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from pocketlm.errors import BundleError, UnavailableError
 from pocketlm.manifest import Manifest
 from pocketlm_export.backends.onnx.execute import execute
-from pocketlm_export.backends.onnx.experts import MIXTURES
 from pocketlm_export.backends.onnx.facts import check_same_place, facts
 from pocketlm_export.backends.onnx.file import OnnxFile
 from pocketlm_export.backends.onnx.kernels import CALLS, activation_rounding, check_kernels
@@ -58,11 +57,7 @@ class OnnxReader:
         self._matrices = self._read_matrices()
         entries = {name: w.places["onnx"].entry for name, w in manifest.weights.items() if "onnx" in w.places}
         self.round_activations = activation_rounding(self._decoder, self._head, entries)
-        mixtures = any(node.operator in MIXTURES for node in self._decoder.nodes)
-        self.notes = (
-            *([f"kernels: the first {CALLS} calls of each run"] if self.round_activations else []),
-            *(["kernels: experts are judged at level 3, where their kernels are the shipped ones"] if mixtures else []),
-        )
+        self.notes = (*([f"kernels: the first {CALLS} calls of each run"] if self.round_activations else []),)
 
     def rows(self, entry: str, start: int, stop: int) -> WrittenMatrix | npt.NDArray[np.float32]:
         """Rows of a constant of model.onnx, one of more axes is one matrix below another; an int8 matrix whose scales
