@@ -15,7 +15,7 @@ DEMO := build/demo.pocketlm
 SMOLLM2 := build/smollm2.pocketlm
 # Of `make fuzz`: each of the targets takes so long. Half an hour in all: make fuzz SECONDS=220
 SECONDS ?= 30
-FUZZED ?= config safetensors index manifest pte coreml template tokenizer
+FUZZED ?= config safetensors index manifest pte coreml session template tokenizer
 
 VERIFIED := build/verified
 # Biases and windows; outliers in the residual; sizes that nothing divides.
@@ -32,6 +32,12 @@ demo: $(BIN)/.installed-all
 	  echo; $(BIN)/pocketlm run $(DEMO) --runtime $$runtime --raw --prompt @mobile_demo/prompt.txt --max-new-tokens 40 --temperature 0 || exit 1; \
 	done
 	@echo; $(BIN)/pocketlm inspect $(DEMO)
+	@echo; if $(BIN)/pocketlm devices | grep -q '^qemu:arm64.* ready: '; then \
+	  $(BIN)/pocketlm replay $(DEMO) --device host --device qemu:arm64; \
+	else \
+	  $(BIN)/pocketlm replay $(DEMO) && echo && \
+	  echo "To replay on an emulated arm64 CPU too: $(BIN)/pocketlm devices setup qemu:arm64, then make demo again"; \
+	fi
 
 demo-smollm2: $(BIN)/.installed-smollm2
 	test -f build/smollm2/model.safetensors || $(BIN)/python mobile_demo/smollm2.py build/smollm2

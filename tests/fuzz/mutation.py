@@ -71,6 +71,23 @@ def mutate_json(data: bytes, source: random.Random) -> bytes | None:
         return None
 
 
+def mutate_lines(data: bytes, source: random.Random) -> bytes | None:
+    """One line altered as JSON; dropped, repeated or moved now and then."""
+    lines = data.split(b"\n")
+    place = source.randrange(len(lines))
+    match source.randrange(8):
+        case 0:
+            del lines[place]
+        case 1:
+            lines.insert(source.randrange(len(lines)), lines[place])
+        case _:
+            changed = mutate_json(lines[place], source)
+            if changed is None:
+                return None
+            lines[place] = changed
+    return b"\n".join(lines)
+
+
 def mutate_safetensors(data: bytes, source: random.Random) -> bytes | None:
     """Another header before the same data, its length adapted."""
     length = int.from_bytes(data[:8], "little")
@@ -166,5 +183,6 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
     "safetensors": mutate_safetensors,
     "coreml": mutate_coreml,
     "pte": mutate_words,
+    "session": mutate_lines,
     "tokenizer": mutate_json,
 }

@@ -9,6 +9,7 @@ import numpy as np
 import pocketlm
 from pocketlm.errors import PocketLMError
 from pocketlm.manifest import Manifest
+from pocketlm.recording import read_session
 from pocketlm.runtimes.coreml_interpreter import Interpreter
 from pocketlm.runtimes.coreml_interpreter.package import ELEMENT_TYPES
 from pocketlm.template import ChatTemplate
@@ -104,6 +105,22 @@ def _tokenizer(data: bytes, place: Path) -> None:
     assert len(tokenizer.tokens_from(0)) <= len(data)
 
 
+def _session(data: bytes, place: Path) -> None:
+    if not place.exists():
+        write_bundle(place)
+        (place / "manifest.json").write_text(json.dumps(sound_manifest()))
+    path = place / "session.jsonl"
+    path.write_bytes(data)
+    expected = read_session(path, pocketlm.open(place)).expected("session")
+    assert expected.steps >= 1
+    assert np.isfinite(expected.deviation)
+    for sequence in expected.sequences:
+        for step in sequence.steps:
+            assert step.regret(step.choice) == 0
+            assert step.kl(step.logits, step.log_sum) == 0
+            assert np.isfinite([step.regret(-1), step.drift(0.0)]).all()
+
+
 def _template(data: bytes, place: Path) -> None:
     template = ChatTemplate({"default": data.decode("utf-8", "replace")}, {"bos_token": "<s>"}, source=str(place))
     messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
@@ -118,6 +135,7 @@ READERS: dict[str, Callable[[bytes, Path], None]] = {
     "manifest": _manifest,
     "coreml": _coreml,
     "pte": _pte,
+    "session": _session,
     "template": _template,
     "tokenizer": _tokenizer,
 }

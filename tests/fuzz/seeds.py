@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from pocketlm.manifest import Manifest
 from tests.fuzz.places import MODEL, WEIGHTS, sound_manifest
 from tests.small_checkpoint import CONFIG, TEMPLATE, write_small_checkpoint
 from tests.unit.coreml_packages import coremltools, save_package, state, tensor
@@ -84,6 +85,25 @@ def _pte() -> bytes:
         return (bundle.folder / "executorch" / "model.pte").read_bytes()
 
 
+def _session() -> bytes:
+    """Two generations of the model of :func:`sound_manifest`."""
+    step = {"kind": "step", "ids": [7, 5, 299], "logits": [3.5, 3.25, -1.0], "log_sum": 4.5, "deviation": 0.75}
+    sequence = {
+        "kind": "sequence", "prompt": "ab", "prompt_ids": [3, 4], "tokens": [7, 5], "finish_reason": "length",
+        "sampling": {
+            "temperature": 0.5, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.1, "seed": 3,
+        },
+    }  # fmt: skip
+    head = {
+        "kind": "session", "format_version": "1.0", "manifest_sha256": "0" * 64,
+        "model_sha256": Manifest.model_validate(sound_manifest()).model_sha256(),
+        "runtime": {"name": "onnx", "version": "1.23", "build": ""}, "pocketlm": "0.1.0",
+        "machine": {"system": "Linux"}, "date": "2025-01-31T12:00:00+00:00",
+    }  # fmt: skip
+    lines = [head, sequence, step, step, {**sequence, "finish_reason": None, "tokens": [5]}, step]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
 def _tokenizer() -> bytes:
     """Byte fallback, a normalizer, and a template around the text."""
     special = {"id": 0, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -132,6 +152,7 @@ def sound() -> Iterator[tuple[str, str, bytes]]:
     yield "manifest", "onnx", json.dumps(sound_manifest()).encode()
     yield "coreml", "decoder", _coreml()
     yield "pte", "layer", _pte()
+    yield "session", "two", _session()
     yield "tokenizer", "fallback", _tokenizer()
     for name, text in TEMPLATES.items():
         yield "template", name, text.encode()
