@@ -64,10 +64,12 @@ lint: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p pocketlm -p pocketlm_export -p pocketlm_bench
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(wildcard runtime_bindings/native/*.cpp runtime_bindings/native/*.h)
 
 format: $(BIN)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard runtime_bindings/native/*.cpp runtime_bindings/native/*.h)
 
 # Exports and runtimes, without peers, in under five minutes: the demo model, and random weights in the shape of
 # Qwen2.5-0.5B (2 GB of disk). What is printed, with every sample, is in build/bench/*.json.

@@ -1,10 +1,12 @@
-// Online softmax over blocks of keys (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135):
-// each row keeps the highest score so far, the sum of exponentials relative to it, and the weighted sum of values.
-// The query heads that share a KV head are rows of one matrix, so that a key is read once for all of them.
+// Online softmax over blocks of keys (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv
+// 2205.14135): each row keeps the highest score so far, the sum of exponentials relative to it, and the weighted sum of
+// values. The query heads that share a KV head are rows of one matrix, so that a key is read once for all of them.
 //
 // Written in the compiler's vectors of W floats, without intrinsics, and compiled once for each instruction set: what
 // takes W is inlined into the function that has the target attribute.
 #include "attention.h"
+
+#include <executorch/runtime/kernel/thread_parallel_interface.h>
 
 #include <algorithm>
 #include <cmath>
@@ -12,16 +14,14 @@
 #include <limits>
 #include <vector>
 
-#include <executorch/runtime/kernel/thread_parallel_interface.h>
-
 #define INLINE inline __attribute__((always_inline))
 
 namespace pocketlm {
 namespace {
 
-constexpr int64_t kBlock = 64;             // keys that are scored at a time
-constexpr int64_t kRowsToTranspose = 16;   // from so many rows on, a transposed block of keys pays
-constexpr int64_t kRowsOfTask = 128;       // aimed at: more would leave the cache, fewer read the keys more often
+constexpr int64_t kBlock = 64;            // keys that are scored at a time
+constexpr int64_t kRowsToTranspose = 16;  // from so many rows on, a transposed block of keys pays
+constexpr int64_t kRowsOfTask = 128;      // aimed at: more would leave the cache, fewer read the keys more often
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 template <int W>
@@ -77,8 +77,8 @@ INLINE Floats<W> exponential(Floats<W> x) {
 
 // c[Rows, Vectors * W] = a[Rows, depth] b[depth, Vectors * W], added to c if kAdd; strides are between rows.
 template <int W, int Rows, int Vectors, bool kAdd>
-INLINE void multiply_tile(
-    const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t depth) {
+INLINE void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                          int64_t c_stride, int64_t depth) {
   Floats<W> sums[Rows][Vectors] = {};
   if constexpr (kAdd) {
     for (int i = 0; i < Rows; i++)
@@ -95,9 +95,8 @@ INLINE void multiply_tile(
 }
 
 template <int W, int Rows, bool kAdd>
-INLINE void multiply_rows(
-    const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t columns,
-    int64_t depth) {
+INLINE void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                          int64_t c_stride, int64_t columns, int64_t depth) {
   int64_t j = 0;
   for (; j + 2 * W <= columns; j += 2 * W)
     multiply_tile<W, Rows, 2, kAdd>(a, a_stride, b + j, b_stride, c + j, c_stride, depth);
@@ -107,9 +106,8 @@ INLINE void multiply_rows(
 }
 
 template <int W, bool kAdd>
-INLINE void multiply(
-    const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
-    int64_t columns, int64_t depth) {
+INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+                     int64_t rows, int64_t columns, int64_t depth) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4)
     multiply_rows<W, 4, kAdd>(a + i * a_stride, a_stride, b, b_stride, c + i * c_stride, c_stride, columns, depth);
@@ -174,8 +172,7 @@ INLINE void score_block(const Task& task, const Scratch& at, const float* keys, 
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4)
       score<W, 4>(at.query + r * head_dim, keys + n * stride, at.scores + r * kBlock + n, head_dim);
-    for (; r < rows; r++)
-      score<W, 1>(at.query + r * head_dim, keys + n * stride, at.scores + r * kBlock + n, head_dim);
+    for (; r < rows; r++) score<W, 1>(at.query + r * head_dim, keys + n * stride, at.scores + r * kBlock + n, head_dim);
   }
 }
 
@@ -250,8 +247,7 @@ INLINE void run_task(const Task& task, float* memory) {
     score_block<W>(task, at, task.key + begin * stride, count);
     mask_block(task, at, begin, count);
     exponentiate_block<W>(at, rows, head_dim);
-    multiply<W, true>(
-        at.scores, kBlock, task.value + begin * stride, stride, at.sums, head_dim, rows, head_dim, count);
+    multiply<W, true>(at.scores, kBlock, task.value + begin * stride, stride, at.sums, head_dim, rows, head_dim, count);
   }
 
   for (int64_t r = 0; r < rows; r++) {
@@ -272,7 +268,8 @@ void run_baseline(const Task& task, float* memory) { run_task<4>(task, memory); 
 #if defined(__x86_64__)
 __attribute__((target("avx2,fma"))) void run_avx2(const Task& task, float* memory) { run_task<8>(task, memory); }
 
-__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) void run_avx512(const Task& task, float* memory) {
+__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) void run_avx512(const Task& task,
+                                                                                       float* memory) {
   run_task<16>(task, memory);
 }
 
@@ -280,7 +277,7 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
 
@@ -330,9 +327,14 @@ void attend(const Attention& call, int64_t threads) {
       const int64_t query_offset =
           (batch * call.queries * call.query_heads + kv_head * sharing + part * heads) * call.head_dim;
       const int64_t key_offset = (batch * call.keys * call.kv_heads + kv_head) * call.head_dim;
-      const Task task{
-          &call, call.query + query_offset, call.key + key_offset, call.value + key_offset, call.output + query_offset,
-          heads, block * queries, std::min(call.queries, (block + 1) * queries)};
+      const Task task{&call,
+                      call.query + query_offset,
+                      call.key + key_offset,
+                      call.value + key_offset,
+                      call.output + query_offset,
+                      heads,
+                      block * queries,
+                      std::min(call.queries, (block + 1) * queries)};
       instructions->run(task, memory.data());
     }
   });

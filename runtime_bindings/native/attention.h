@@ -22,8 +22,8 @@ struct Attention {
 // Computes call.output on `threads` threads of ExecuTorch's pool. A query that sees no key gets zeros.
 void attend(const Attention& call, int64_t threads);
 
-// Chooses the instructions of attend by name: "baseline", and on x86-64 "avx2" and "avx512". Null: the best of this CPU.
-// Returns the name of those in use, or null, and changes nothing, for a name that this CPU can't run.
+// Chooses the instructions of attend by name: "baseline", and on x86-64 "avx2" and "avx512". Null: the best of this
+// CPU. Returns the name of those in use, or null, and changes nothing, for a name that this CPU can't run.
 const char* use_instructions(const char* name);
 
 }  // namespace pocketlm

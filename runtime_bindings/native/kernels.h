@@ -1,9 +1,9 @@
 // ExecuTorch's kernels of attention, which its wheel has in a library linked to torch only.
 #pragma once
 
-#include <vector>
-
 #include <executorch/runtime/kernel/operator_registry.h>
+
+#include <vector>
 
 namespace pocketlm {
 

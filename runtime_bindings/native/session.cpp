@@ -1,5 +1,12 @@
-// Programs of ExecuTorch behind a C interface that ctypes can call. Linked to the C++ libraries of the executorch wheel,
-// never to libtorch. A session belongs to one thread at a time.
+// Programs of ExecuTorch behind a C interface that ctypes can call. Linked to the C++ libraries of the executorch
+// wheel, never to libtorch. A session belongs to one thread at a time.
+#include <executorch/devtools/etdump/etdump_flatcc.h>
+#include <executorch/extension/module/module.h>
+#include <executorch/extension/tensor/tensor.h>
+#include <executorch/runtime/backend/backend_options_map.h>
+#include <executorch/runtime/backend/options.h>
+#include <executorch/runtime/platform/platform.h>
+#include <executorch/runtime/platform/runtime.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -11,14 +18,6 @@
 #include <string>
 #include <unordered_map>
 #include <vector>
-
-#include <executorch/devtools/etdump/etdump_flatcc.h>
-#include <executorch/extension/module/module.h>
-#include <executorch/extension/tensor/tensor.h>
-#include <executorch/runtime/backend/backend_options_map.h>
-#include <executorch/runtime/backend/options.h>
-#include <executorch/runtime/platform/platform.h>
-#include <executorch/runtime/platform/runtime.h>
 
 #include "attention.h"
 #include "kernels.h"
@@ -46,9 +45,8 @@ pal_emit_log_message_method emit_as_before = nullptr;
 // Each kernel is looked up among a method's own before it is found among all: that one is missing there is no error.
 bool is_noise(const char* file) { return std::string(file).find("operator_registry") != std::string::npos; }
 
-void emit_log_message(
-    et_timestamp_t time, et_pal_log_level_t level, const char* file, const char* function, size_t line,
-    const char* message, size_t length) {
+void emit_log_message(et_timestamp_t time, et_pal_log_level_t level, const char* file, const char* function,
+                      size_t line, const char* message, size_t length) {
   constexpr size_t kLongest = 1000;
   if (reasons == nullptr || level == et_pal_log_level_t::kFatal) {  // fatal: the process ends
     emit_as_before(time, level, file, function, line, message, length);
@@ -89,7 +87,8 @@ class PlannedMemory {
     for (size_t index = 0; index < method.num_memory_planned_buffers(); index++) {
       const auto planned = method.memory_planned_buffer_size(index);
       const size_t size = planned.ok() ? static_cast<size_t>(*planned) : 0;
-      void* memory = size == 0 ? nullptr : mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      void* memory =
+          size == 0 ? nullptr : mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       if (memory == MAP_FAILED) {
         missing_ = size;
         return;
@@ -130,7 +129,7 @@ struct pocketlm_tensor {
 };
 
 struct pocketlm_session {
-  std::string error, log;  // of the last call
+  std::string error, log;                                                  // of the last call
   std::unordered_map<std::string, std::unique_ptr<PlannedMemory>> memory;  // outlives the methods of the module
   std::unique_ptr<Module> module;
   executorch::etdump::ETDumpGen* trace = nullptr;  // owned by the module; null without profiling
@@ -166,9 +165,9 @@ et::Error load_program(Module& module, const char* packed_weights) {
   if (packed_weights == nullptr) return module.load(kVerified);
   et::BackendOptions<2> options;
   et::LoadBackendOptionsMap map;
-  for (et::Error error : {options.set_option("packed_cache_path", packed_weights),
-                          options.set_option("weight_cache_enabled", true),
-                          map.set_options("XnnpackBackend", options.view())})
+  for (et::Error error :
+       {options.set_option("packed_cache_path", packed_weights), options.set_option("weight_cache_enabled", true),
+        map.set_options("XnnpackBackend", options.view())})
     if (error != et::Error::Ok) return error;
   return module.load(map, kVerified);  // which copies the map
 }
@@ -228,17 +227,18 @@ EXPORTED const char* pocketlm_error(const pocketlm_session* session) { return se
 // What ExecuTorch logged as errors during the last call, though it may have worked.
 EXPORTED const char* pocketlm_log(const pocketlm_session* session) { return session->log.c_str(); }
 
-// The declared bounds of a method's inputs, or of its outputs: writes up to `capacity`, returns how many there are, -1 on
-// failure. A value that is no tensor has dtype -1.
-EXPORTED int pocketlm_signature(
-    pocketlm_session* session, const char* method, int of_outputs, pocketlm_tensor* tensors, int capacity) {
+// The declared bounds of a method's inputs, or of its outputs: writes up to `capacity`, returns how many there are, -1
+// on failure. A value that is no tensor has dtype -1.
+EXPORTED int pocketlm_signature(pocketlm_session* session, const char* method, int of_outputs, pocketlm_tensor* tensors,
+                                int capacity) {
   Call call(*session);
   const auto meta = session->module->method_meta(method);
   if (!meta.ok()) return call.fail(method, meta.error());
   const int count = static_cast<int>(of_outputs != 0 ? meta->num_outputs() : meta->num_inputs());
   for (int index = 0; index < std::min(count, capacity); index++) {
     const auto tensor = of_outputs != 0 ? meta->output_tensor_meta(index) : meta->input_tensor_meta(index);
-    if (!tensor.ok() || !describe(tensor->scalar_type(), tensor->sizes(), tensors[index])) tensors[index] = {-1, 0, {}, nullptr};
+    if (!tensor.ok() || !describe(tensor->scalar_type(), tensor->sizes(), tensors[index]))
+      tensors[index] = {-1, 0, {}, nullptr};
   }
   return count;
 }
@@ -249,9 +249,10 @@ EXPORTED int pocketlm_load(pocketlm_session* session, const char* method) {
   const auto meta = session->module->method_meta(method);
   if (!meta.ok()) return call.fail(method, meta.error());
   auto memory = std::make_unique<PlannedMemory>(*meta);
-  if (memory->missing() > 0) return call.fail(std::string(method) + " plans " + std::to_string(memory->missing()) + " bytes");
-  const et::Error error = session->module->load_method(
-      method, memory->allocator(), nullptr, nullptr, pocketlm::attention_kernels());
+  if (memory->missing() > 0)
+    return call.fail(std::string(method) + " plans " + std::to_string(memory->missing()) + " bytes");
+  const et::Error error =
+      session->module->load_method(method, memory->allocator(), nullptr, nullptr, pocketlm::attention_kernels());
   if (error != et::Error::Ok) return call.fail(method, error);
   session->memory[method] = std::move(memory);
   return 0;
@@ -259,9 +260,8 @@ EXPORTED int pocketlm_load(pocketlm_session* session, const char* method) {
 
 // Runs a loaded method. Inputs are read where they lie; outputs point into the method's memory, valid until it runs
 // again. Returns how many outputs there are, up to `capacity` of them written; -1 on failure.
-EXPORTED int pocketlm_run(
-    pocketlm_session* session, const char* method, const pocketlm_tensor* inputs, int count, pocketlm_tensor* outputs,
-    int capacity) {
+EXPORTED int pocketlm_run(pocketlm_session* session, const char* method, const pocketlm_tensor* inputs, int count,
+                          pocketlm_tensor* outputs, int capacity) {
   Call call(*session);
   std::vector<TensorPtr> tensors;
   std::vector<et::EValue> arguments;
@@ -281,7 +281,8 @@ EXPORTED int pocketlm_run(
     const et::EValue& value = session->outputs[index];
     if (!value.isTensor()) return call.fail(std::string(method) + ": an output is no tensor");
     const Tensor& tensor = value.toTensor();
-    if (!describe(tensor.scalar_type(), tensor.sizes(), outputs[index])) return call.fail("an output has too many dimensions");
+    if (!describe(tensor.scalar_type(), tensor.sizes(), outputs[index]))
+      return call.fail("an output has too many dimensions");
     outputs[index].data = const_cast<void*>(tensor.const_data_ptr());
     if (outputs[index].data == nullptr && tensor.numel() > 0) return call.fail("an output has no memory");
   }
