@@ -10,7 +10,7 @@ from pocketlm_export.backends.executorch.importing import ScalarType
 from pocketlm_export.backends.executorch.program import MethodBuilder
 from pocketlm_export.backends.executorch.writer import write_pte
 
-__all__ = ["attention_program", "cache_program"]
+__all__ = ["attention_program", "cache_program", "product_program"]
 
 DTYPES = {np.dtype(np.float32): ScalarType.FLOAT, np.dtype(np.int64): ScalarType.LONG}
 
@@ -51,6 +51,14 @@ def cache_program(
     output = method.activation((value.shape[0], shown, *value.shape[2:]))
     arguments = [cache, *map(method.scalar, (1, 0, shown, 1))]
     return _write(path, method, method.kernel("aten::slice_copy.Tensor_out", arguments, output))
+
+
+def product_program(path: Path, left: np.ndarray, right: np.ndarray) -> Path:
+    """``forward(left, right)``: their matrix product in a portable kernel."""
+    method = MethodBuilder()
+    arguments = [_input(method, left), _input(method, right)]
+    output = method.activation((left.shape[0], right.shape[1]))
+    return _write(path, method, method.kernel("aten::mm.out", arguments, output))
 
 
 def _input(method: MethodBuilder, array: np.ndarray) -> int:

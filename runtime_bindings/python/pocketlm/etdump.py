@@ -64,6 +64,8 @@ def _calls(path: Path) -> Iterator[tuple[str, bool, int]]:
                     case "DELEGATE_CALL":
                         yield from _delegated(inner, _duration(event))
                         inner = []
+                    case "JF_CALL":  # a jump over experts that nobody chose
+                        yield "jump", False, _duration(event)
                     case _:
                         inner.append(event)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

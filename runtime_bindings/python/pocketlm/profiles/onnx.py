@@ -59,6 +59,8 @@ def _kernel_calls(profile: Path) -> list[tuple[str, str, float]]:
     """Node's name, operator's type and seconds of each call."""
     try:
         events: Any = json.loads(profile.read_bytes())
+        if not isinstance(events, list):
+            raise TypeError("no list of events")
         return [
             (event["name"].removesuffix(SUFFIX), str(event["args"]["op_name"]), int(event["dur"]) * MICROSECOND)
             for event in events
