@@ -25,7 +25,6 @@ CNXN, OPEN, OKAY, WRTE, CLSE, AUTH = (
 )
 STDOUT, EXIT = 1, 3  # of shell_protocol.h
 TOKEN = 1  # what AUTH sends: bytes to be signed
-NO_SPACE = b"No space left on device"
 
 
 class BrokenError(Exception):
@@ -221,7 +220,7 @@ class Connection:
         if kind == "hang":
             stream.read(LARGEST)  # which never comes
         if kind == "full":
-            raise OSError(NO_SPACE)
+            raise OSError("No space left on device")
 
     def _sync(self, stream: Stream) -> bool:
         command, length = SYNC.unpack(stream.read(SYNC.size))
@@ -265,8 +264,9 @@ class Connection:
             path.chmod(mode & 0o777)
             stream.write(b"OKAY" + bytes(4))
         except OSError as error:
-            _refuse(stream, NO_SPACE if fault == "full" else str(error).encode())
-            stream.read(LARGEST)  # until adb closes it
+            _refuse(stream, str(error).encode())
+            while (header := SYNC.unpack(stream.read(SYNC.size)))[0] == b"DATA":
+                stream.read(header[1])
 
     def _shell(self, stream: Stream, command: bytes) -> None:
         fault = self._server.fault("shell", os.fsdecode(command))

@@ -66,7 +66,11 @@ class Phone:
         path.chmod(0o755)
 
     def connect(self) -> None:
+        """As whoever lost it does: adb itself would try again only after a while."""
+        self.adb("disconnect", self.serial)
         self.adb("connect", self.serial)
+        if not self.server.unauthorized:
+            self.adb("-s", self.serial, "wait-for-device")
 
     def open(self, *, before: str = "", **options: Any) -> AdbDevice:
         """``before``: what the script does that starts the agent."""

@@ -17,7 +17,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -66,6 +66,7 @@ class AdbDevice(Device):
         self._session = self._folder / "sessions" / secrets.token_hex(8)
         self._adb = AdbConnection(self.address, serial, self._session, patience=patience)
         self._agent: PurePosixPath | None = None
+        self._may_run = False  # a job of which no one has seen the end
         self._refuse_other_processors()
 
     def facts(self) -> Facts:
@@ -85,24 +86,24 @@ class AdbDevice(Device):
             time.sleep(min(left, COOLING_INTERVAL))
 
     def place(self, artifact: Artifact) -> Artifact:
-        root = artifact.path.parent
-        self._send({known: root / name for name, known in artifact.files.items()})
         folder = self._folder / "artifacts" / _identity(artifact)
         links = [
             f"mkdir -p {quote((folder / name).parent)} && ln -sf {quote(self._file(known))} {quote(folder / name)}"
             for name, known in artifact.files.items()
         ]
-        self._adb.do(" && ".join(links))
+        root = artifact.path.parent
+        self._send({known: root / name for name, known in artifact.files.items()}, links)
         return replace(artifact, path=Path(folder, artifact.path.name))
 
     def run(self, job: Job, folder: Path, *, limit: float) -> Outcome:
         agent = self._send_agent()
-        self._stop_jobs()  # what a broken connection left
+        if self._may_run:
+            self._stop_jobs()
         place = self._session / "jobs" / secrets.token_hex(8)
         description = folder / "job.json"
         description.write_text(json.dumps(job.to_json()), encoding="utf-8")
         self._adb.push(description, place / "job.json")
-        began = time.monotonic()
+        began, self._may_run = time.monotonic(), True
         self._adb.start(
             f"cd {quote(place)} && {{ HOME={quote(place)} TMPDIR={quote(place)} "
             f"XDG_CACHE_HOME={quote(self._folder / 'cache')} PYTHONHASHSEED=0 "
@@ -114,6 +115,7 @@ class AdbDevice(Device):
         pulled = folder / "job"
         self._adb.pull(place, pulled)
         exit_code = self._adb.exit_code(pulled / "code")
+        self._may_run = False
         if exit_code in KILLED and took >= limit:
             raise UnavailableError(f"{self.address}: the agent did not end within {limit:g} s")
         try:
@@ -126,12 +128,15 @@ class AdbDevice(Device):
 
     def clean(self) -> None:
         self._stop_jobs()
-        self._adb.do(f"rm -rf {quote(self._folder)}")
+        pushed = " ".join(quote(self._folder / name) for name in ("files", "archives", "artifacts", "cache"))
+        self._adb.do(f"rm -rf {pushed}")
+        self._adb.start(f"rm -rf {quote(self._folder)}", 0)  # where outcomes would lie
         self._agent = None
 
     def close(self) -> None:
         with suppress(UnavailableError):  # a device that is gone has its timeout
-            self._stop_jobs()
+            if self._may_run:
+                self._stop_jobs()
             self._adb.start(f"rm -rf {quote(self._session)}", 0)
 
     def _refuse_other_processors(self) -> None:
@@ -140,16 +145,14 @@ class AdbDevice(Device):
             raise UnavailableError(f"{self.address}: its ABI is {abi or 'unknown'}; the agent runs on {ARM64[0]}")
 
     def _told(self) -> Told:
-        place = self._session / "facts"
-        commands = "; ".join(f"{command} >{quote(place / name)}" for name, command in COMMANDS.items())
-        self._adb.do(f"mkdir -p {quote(place)} && {{ {commands}; true; }}", FACTS_LIMIT)
+        commands = "; ".join(f"{command} >{name}" for name, command in COMMANDS.items())
         with tempfile.TemporaryDirectory() as scratch:
-            told = Path(scratch) / "facts"
-            self._adb.pull(place, told)
+            told = Path(scratch) / "told"
+            self._adb.execute(commands, FACTS_LIMIT, told)
             return read_told(told)
 
-    def _send(self, files: Mapping[ArtifactFile, Path]) -> None:
-        """Push what isn't there yet; all of it becomes visible, or none."""
+    def _send(self, files: Mapping[ArtifactFile, Path], links: Sequence[str]) -> None:
+        """Push what isn't there yet, then run ``links``; a file becomes visible when it is whole."""
         partial = {known: self._session / known.sha256 for known in self._missing(files)}
         try:
             for known, place in partial.items():
@@ -158,7 +161,7 @@ class AdbDevice(Device):
                 f"{_has_size(place, known.size)} && mv -f {quote(place)} {quote(self._file(known))}"
                 for known, place in partial.items()
             ]
-            self._adb.do(" && ".join([f"mkdir -p {quote(self._folder / 'files')}", *moves]))
+            self._adb.do(" && ".join([f"mkdir -p {quote(self._folder / 'files')}", *moves, *links]))
         except UnavailableError:
             with suppress(UnavailableError):  # why it failed matters more; but a full device has to be emptied
                 self._adb.start(f"rm -f {' '.join(map(quote, partial.values()))}", 0)
@@ -184,7 +187,7 @@ class AdbDevice(Device):
         packed, partial = self._session / "archive.tar.gz", self._session / "archive"
         self._adb.push(archive.path, packed)
         steps = (
-            f"{{ sha256sum <{quote(packed)} | grep -q {archive.file.sha256} || {{ echo not all of it arrived; false; }}; }}",
+            f"sha256sum <{quote(packed)} | grep {archive.file.sha256}",
             f"mkdir -p {quote(partial)} {quote(folder.parent)}",
             f"tar -xzf {quote(packed)} -C {quote(partial)}",
             f"rm {quote(packed)}",

@@ -11,8 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -22,7 +21,8 @@ from pocketlm.errors import InputError, UnavailableError
 __all__ = ["AdbConnection", "Attached", "Executed", "attached_devices", "quote"]
 
 PUSHED_PER_SECOND = 1 << 20  # bytes, at least, by any cable or radio
-LONGEST_REASON = 300
+LONGEST_REASON = 200
+NOTHING_THERE = ("failed to stat remote object", "does not exist")  # what adb says of a file that isn't there
 # host:devices-l of adb's transport.cpp: "%-22s %s", then words of the form KEY:VALUE. A serial may hold spaces.
 ATTACHED = re.compile(
     r"(?P<serial>.+?) +(?P<state>device|unauthorized|authorizing|connecting|offline|bootloader|host|recovery|rescue"
@@ -57,7 +57,7 @@ def attached_devices(limit: float) -> list[Attached]:
 
     Raises :class:`UnavailableError` if there is no adb, or if it doesn't answer within ``limit`` seconds.
     """
-    lines = _run("adb", [_executable(), "devices", "-l"], limit).splitlines()
+    lines = _succeed("adb", _run("adb", [_executable(), "devices", "-l"], limit)).splitlines()
     found = [match for line in lines if (match := ATTACHED.fullmatch(line.rstrip()))]
     return [Attached(match["serial"], match["state"].strip(), _model(match["details"])) for match in found]
 
@@ -77,33 +77,33 @@ class AdbConnection:
     def push(self, source: Path, target: PurePosixPath) -> None:
         """Send a file; its folders are made. What is at ``target`` after an error is any part of it."""
         limit = self._patience + source.stat().st_size / PUSHED_PER_SECOND
-        self._adb("push", "--", str(source.absolute()), str(target), limit=limit)
+        _succeed(self._address, self._adb("push", "--", str(source.absolute()), str(target), limit=limit))
 
     def pull(self, source: PurePosixPath, target: Path) -> None:
         """Fetch a file or a folder to ``target``, which doesn't exist yet; after an error nothing is there."""
-        with _complete(target) as partial:
-            self._adb("pull", "--", str(source), str(partial), limit=self._patience)
+        _succeed(self._address, self._pull(source, target))
 
     def start(self, script: str, limit: float) -> None:
         """Run ``script`` in the device's sh, and return when the stream ends: whether the script did, no one knows."""
-        with suppress(_AdbError):
-            self._adb("shell", "-T", "-n", script, limit=limit + self._patience)
+        self._adb("shell", "-T", "-n", script, limit=limit + self._patience)
 
-    def execute(self, script: str, limit: float = 0.0) -> Executed:
-        """Run ``script``, one POSIX list or more, in the device's sh; its files ``code`` and ``said`` are pulled."""
+    def execute(self, script: str, limit: float = 0.0, target: Path | None = None) -> Executed:
+        """Run ``script``, one POSIX list or more, in the device's sh and an empty folder of its own.
+
+        The folder is pulled to ``target``; among its files are ``said`` and ``code``.
+        """
         outcome = self._exchange / secrets.token_hex(8)
         place = quote(outcome)
         self.start(
-            f"mkdir -p {place} && {{ ( {script}\n) </dev/null >{place}/said 2>&1; echo $? >{place}/code; }}", limit
+            f"mkdir -p {place} && cd {place} && {{ ( {script}\n) </dev/null >said 2>&1; echo $? >code; }}",
+            limit,
         )
         with tempfile.TemporaryDirectory() as scratch:
-            files = Path(scratch) / "outcome"
-            try:
-                self.pull(outcome, files)
-            except _AdbError as error:
-                if not error.nothing_there:
-                    raise
-                raise UnavailableError(f"{self._address}: {self._exchange} can't be written") from error
+            files = target or Path(scratch) / "outcome"
+            ended = self._pull(outcome, files)
+            if any(words in ended.errors for words in NOTHING_THERE):
+                raise UnavailableError(f"{self._address}: {self._exchange} can't be written")
+            _succeed(self._address, ended)
             return Executed(self.exit_code(files / "code"), (files / "said").read_text("utf-8", "replace"))
 
     def do(self, script: str, limit: float = 0.0) -> str:
@@ -122,25 +122,33 @@ class AdbConnection:
             raise UnavailableError(
                 f"{self._address}: the command did not end: its connection broke, or it ran out of time"
             ) from None
-        except ValueError:
+        except (OSError, ValueError):
             raise UnavailableError(
                 f"{self._address}: the exit code did not arrive: the device is full, or answers garbage"
             ) from None
 
-    def _adb(self, *words: str, limit: float) -> None:
-        _run(self._address, [_executable(), "-s", self._serial, *words], limit)
+    def _pull(self, source: PurePosixPath, target: Path) -> "_Ended":
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
+            partial = Path(folder) / "pulled"
+            ended = self._adb("pull", "--", str(source), str(partial), limit=self._patience)
+            if ended.exit_code == 0:
+                partial.rename(target)
+        return ended
+
+    def _adb(self, *words: str, limit: float) -> "_Ended":
+        return _run(self._address, [_executable(), "-s", self._serial, *words], limit)
 
 
-class _AdbError(UnavailableError):
-    """What adb itself said; ``nothing_there``: the device answers, and has no such file."""
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """What an ``adb`` that ended left."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.nothing_there = "failed to stat remote object" in message or "does not exist" in message
+    exit_code: int
+    output: str
+    errors: str
 
 
-def _run(address: str, command: Sequence[str], limit: float) -> str:
-    """The stdout of an adb that ended well."""
+def _run(address: str, command: Sequence[str], limit: float) -> _Ended:
     # Its libusb takes three seconds to start where there is no udev; the kernel's own interface takes none.
     environment = {"ADB_LIBUSB": "0", **os.environ}
     try:
@@ -153,26 +161,18 @@ def _run(address: str, command: Sequence[str], limit: float) -> str:
         raise InputError(f"{address}: a name can't hold a zero byte") from error
     except OSError as error:
         raise UnavailableError(f"{address}: {command[0]} can't be run: {error.strerror}") from error
-    if process.returncode:
-        said = (process.stderr + process.stdout).decode(errors="replace")
-        raise _AdbError(f"{address}: {_reason(said) or f'adb ended with exit code {process.returncode}'}")
-    return process.stdout.decode(errors="replace")
+    return _Ended(process.returncode, *(said.decode(errors="replace") for said in (process.stdout, process.stderr)))
 
 
-def _reason(said: str) -> str:
-    lines = [line.strip() for line in said.splitlines()]
+def _succeed(address: str, ended: _Ended) -> str:
+    """The output of an adb that ended with 0; else its first complaint is the error."""
+    if ended.exit_code == 0:
+        return ended.output
+    lines = [line.strip() for line in (ended.errors + ended.output).splitlines()]
     marked = [line for line in lines if line.startswith(("adb: ", "error: "))]
-    words = next(iter(marked or lines), "")
-    return re.sub("^(adb: )?(error: )?", "", words)[:LONGEST_REASON]
-
-
-@contextmanager
-def _complete(target: Path) -> Iterator[Path]:
-    """A place beside ``target``, which it becomes if all goes well."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
-        partial = Path(folder) / "pulled"
-        yield partial
-        partial.rename(target)
+    reason = re.sub("^(adb: )?(error: )?", "", next(iter(marked or lines), ""))
+    reason = re.sub("^failed to copy '.*/(.*)' to '.*': (remote )?", r"\1: ", reason)[:LONGEST_REASON]
+    raise UnavailableError(f"{address}: {reason or f'adb ended with exit code {ended.exit_code}'}")
 
 
 @cache

@@ -1,0 +1,222 @@
+"""Whatever goes wrong with a device: one short error, nothing half written, nothing left running, and then it works."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.devices.adb_server import Fault, processes_in
+
+from pocketlm.devices import find_devices, open_device
+from pocketlm.devices.adb import AdbDevice
+from pocketlm.devices.base import Outcome
+from pocketlm.errors import BundleError, InputError, PocketLMError, UnavailableError
+from pocketlm.job import ForcedTokens, Job, Replay
+
+LIMIT = 3.0  # seconds of the jobs here, most of which take half of one
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_bundle: Callable):
+    return tiny_bundle("llama", "int4", "onnx").artifact("onnx")
+
+
+def replayed(device: AdbDevice, artifact: Any, folder: Path, limit: float = 60.0) -> Outcome:
+    folder.mkdir()
+    placed = device.place(artifact)
+    return device.run(Job("onnx", placed, Replay((ForcedTokens((1, 2), (3, 4)),)), threads=1), folder, limit=limit)
+
+
+def answers(*lines: dict[str, Any], exit_code: int = 0) -> str:
+    """A script that answers in the agent's place."""
+    text = "".join(json.dumps(line) + "\\n" for line in lines)
+    return f"printf '{text}' >result.jsonl; exit {exit_code}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """``faults``: of the device's server; ``before``: what its script does before the agent starts, if it does."""
+
+    name: str
+    expected: str
+    faults: tuple[Fault, ...] = ()
+    before: str = ""
+    error: type[PocketLMError] = UnavailableError
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+BEGIN, END = {"kind": "begin", "format_version": "1.0"}, {"kind": "end"}
+ROWS = [
+    Row("disconnected in a push", "", (Fault("push", "disconnect", "sessions"),)),
+    Row("disconnected in a run", "", (Fault("shell", "disconnect", "result.jsonl"),), before="sleep 60"),
+    Row("disconnected in a pull", "", (Fault("pull", "disconnect", "result.jsonl"),)),
+    Row("disconnected in a command", "", (Fault("shell", "disconnect", "mkdir"),)),
+    Row("full in a push", "No space left on device", (Fault("push", "full", "sessions"),)),
+    Row("full in a run", "the exit code did not arrive", (Fault("shell", "full", "result.jsonl"),)),
+    Row("garbage in a run", "", (Fault("shell", "garbage", "result.jsonl"),)),
+    Row("garbage in a pull", "", (Fault("pull", "garbage", "result.jsonl"),)),
+    Row("hangs in a push", "no answer within 2 s", (Fault("push", "hang", "sessions"),), options={"patience": 2}),
+    Row("hangs in a run", "no answer within 5 s", (Fault("shell", "hang", "result.jsonl"),), options={"patience": 2}),
+    Row("hangs in a pull", "no answer within 2 s", (Fault("pull", "hang", "result.jsonl"),), options={"patience": 2}),
+    Row("an agent that hangs", "the agent did not end within 3 s", before="sleep 60"),
+    Row("an agent that is killed", "the agent ended with exit code 137", before="kill -9 $$"),
+    Row("an agent that fails", "the agent ended with exit code 7: out of luck", before="echo out of luck >&2; exit 7"),
+    Row("a whole answer, but exit code 5", "ended with exit code 5", before=answers(BEGIN, END, exit_code=5)),
+    Row("an answer that is garbage", "line 1 of the result is not JSON", before="echo no >result.jsonl; exit"),
+    Row("an answer of no known kind", "line 1 of the result is of no known kind", before=answers({"kind": "?"})),
+    Row("an answer cut off", "the agent ended with exit code 0, and said nothing", before=answers(BEGIN)),
+    Row(
+        "an agent of another version",
+        "an agent of another version answered: '2.0', not 1.x",
+        before=answers({**BEGIN, "format_version": "2.0"}, END),
+    ),
+    Row(
+        "a job of another version",
+        "job: 'format_version' is '9.0'; this agent reads 1.x",
+        before='sed -i \'s/"1.0"/"9.0"/\' job.json',
+        error=InputError,
+    ),
+    Row("a malformed job", "not a job", before="echo '{' >job.json", error=InputError),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_fault(row: Row, phone: Callable, artifact, tmp_path: Path) -> None:
+    attached = phone()
+    with attached.open(before=row.before, **row.options) as device:
+        attached.server.faults += row.faults
+        with pytest.raises(PocketLMError) as caught:
+            replayed(device, artifact, tmp_path / "failed", LIMIT)
+    assert isinstance(caught.value, row.error)
+    assert caught.value.exit_code == (3 if row.error is UnavailableError else 2)
+    message = str(caught.value)
+    assert message.startswith(f"adb:{attached.serial}: ")
+    assert row.expected in message
+    assert len(message) < 250
+    assert not attached.server.faults
+    _left_alone(tmp_path / "failed")
+
+    attached.connect()
+    with attached.open(before=answers(BEGIN, END)) as device:
+        assert replayed(device, artifact, tmp_path / "next").lines == (BEGIN,)
+    deadline = time.monotonic() + LIMIT + 2
+    while left := list(processes_in(attached.root)):
+        assert time.monotonic() < deadline, f"left running: {left}"
+        time.sleep(0.1)
+
+
+def _left_alone(folder: Path) -> None:
+    """What looks like a result is whole: it was pulled, and judged."""
+    names = {path.name for path in folder.iterdir()}
+    assert names <= {"job.json", "job"}
+
+
+def test_the_same_device_goes_on_after_a_broken_run(phone, artifact, tmp_path):
+    attached = phone()
+    with attached.open(before='test -e "$HOME/../../once" || { touch "$HOME/../../once"; sleep 60; }') as device:
+        attached.server.faults.append(Fault("shell", "disconnect", "result.jsonl"))
+        with pytest.raises(UnavailableError):
+            replayed(device, artifact, tmp_path / "failed")
+        assert list(processes_in(attached.root)), "no job was left: this test shows nothing"
+        attached.connect()
+        assert replayed(device, artifact, tmp_path / "next").of_kind("sequence")
+        assert not list(processes_in(attached.root))
+
+
+def test_a_file_altered_on_the_device_is_noticed_and_sent_again(phone, artifact, tmp_path):
+    attached = phone()
+    with attached.open() as device:
+        device.place(artifact)
+        weights = attached.folder / "files" / artifact.files["model.onnx.data"].sha256
+        weights.write_bytes(bytes(weights.stat().st_size))
+        with pytest.raises(BundleError, match=r"model\.onnx\.data: its content is not what the job says"):
+            replayed(device, artifact, tmp_path / "failed")
+        assert replayed(device, artifact, tmp_path / "next").of_kind("sequence")
+
+
+def test_what_is_there_is_not_sent_again(phone, artifact, tmp_path):
+    attached = phone()
+    with attached.open() as device:
+        replayed(device, artifact, tmp_path / "first")
+    sent = [line for line in attached.server.log if line.startswith("push")]
+    assert len(sent) == len(artifact.files) + 2  # the agent, and the job
+    attached.server.log.clear()
+    with attached.open() as device:
+        replayed(device, artifact, tmp_path / "second")
+    assert len([line for line in attached.server.log if line.startswith("push")]) == 1  # the job
+
+
+def test_clean_removes_what_was_pushed(phone, artifact, tmp_path):
+    attached = phone()
+    with attached.open() as device:
+        replayed(device, artifact, tmp_path / "first")
+        device.clean()
+        assert not attached.folder.exists()
+        assert replayed(device, artifact, tmp_path / "second").of_kind("sequence")
+
+
+def test_a_folder_that_cannot_be_written(phone):
+    with pytest.raises(UnavailableError, match=r"/proc/pocketlm.* can't be written"):
+        phone().open(folder="/proc/pocketlm")
+
+
+def test_a_device_that_is_not_arm64(phone):
+    attached = phone()
+    attached.answers("getprop", "echo '[ro.product.cpu.abi]: [armeabi-v7a]'")
+    with pytest.raises(UnavailableError, match="its ABI is armeabi-v7a; the agent runs on arm64-v8a"):
+        attached.open()
+
+
+def test_unauthorized(phone):
+    attached = phone(unauthorized=True)
+    while (found := _found(attached)).description.endswith("authorizing"):  # while adb tries its keys
+        time.sleep(0.1)
+    assert (found.state, found.description) == ("not ready", "an Android device: unauthorized")
+    with pytest.raises(UnavailableError, match="unauthorized: allow this computer in the dialog"):
+        open_device(f"adb:{attached.serial}")
+
+
+def test_a_device_that_vanishes(phone, adb):
+    attached, other = phone(), phone("other")
+    assert _found(attached).state == "ready"
+    adb("disconnect", attached.serial)
+    with pytest.raises(UnavailableError, match=f"adb:{attached.serial}: not attached; attached: adb:{other.serial}"):
+        open_device(f"adb:{attached.serial}")
+
+
+def test_a_device_that_vanishes_while_it_is_open(phone, adb, artifact):
+    attached = phone()
+    with attached.open() as device:
+        adb("disconnect", attached.serial)
+        with pytest.raises(UnavailableError, match="not found"):
+            device.place(artifact)
+
+
+def test_two_devices_of_one_model(phone, artifact, tmp_path):
+    first, second = phone("first", model="Twin"), phone("second", model="Twin")
+    assert {_found(device).description for device in (first, second)} == {"Twin"}
+    with first.open() as device:
+        replayed(device, artifact, tmp_path / "result")
+    assert first.folder.exists()
+    assert not second.folder.exists()
+
+
+def test_a_throttled_device_is_not_measured(phone):
+    attached = phone()
+    with attached.open() as device:
+        device.check_ready()
+        attached.answers("dumpsys", 'test "$1" = thermalservice && echo "Thermal Status: 3"')
+        with pytest.raises(UnavailableError, match=r"throttled, its thermal status is 3 \(severe\).*--cool-down"):
+            device.check_ready()
+        hot = attached.root / "hot"
+        hot.touch()
+        attached.answers("dumpsys", f"rm '{hot}' 2>/dev/null && echo 'Thermal Status: 1' || echo 'Thermal Status: 0'")
+        device.check_ready(cool_down=0.5)
+
+
+def _found(attached):
+    (found,) = [found for found in find_devices() if found.address == f"adb:{attached.serial}"]
+    return found
