@@ -29,7 +29,7 @@ from pocketlm.memory import resident_memory
 from pocketlm.memory_watch import MemoryWatch
 from pocketlm.strict_json import parse_object
 
-__all__ = ["DECODE_WINDOW", "PREFILL_WINDOW", "PROFILE_FILE", "run"]
+__all__ = ["DECODE_WINDOW", "PREFILL_WINDOW", "PROFILE_FILE", "decode", "run"]
 
 WARM_UP_STEPS = 2  # of decode, before those that are timed: a runtime's first are slower
 PROFILE_FILE = "profile"  # beside RESULT, where a job asks for one
@@ -203,15 +203,10 @@ def _measure(
         token = _next_token(session, prompt)
         prefilled = time.monotonic()
         energy_prefilled = energy and energy.read()
-        tokens, intervals, last = [token], [], time.monotonic()
         _window(DECODE_WINDOW, work)
-        for _ in range(work.new_tokens - 1):
-            token = _next_token(session, [token])
-            now = time.monotonic()
-            intervals.append(now - last)
-            last = now
-            tokens.append(token)
+        tokens, intervals = decode(session, token, work.new_tokens)
         _window(0, work)
+        last = time.monotonic()
         energy_decoded = energy and energy.read()
         decoded = resident_memory()
         busy_after, own_after = processor_seconds(), time.process_time()
@@ -243,6 +238,18 @@ def _measure(
         load_average=load_average,
         others_cores=_others(busy_before, busy_after, own_after - own_before, last - load),
     )
+
+
+def decode(session: Any, token: int, count: int) -> tuple[list[int], list[float]]:
+    """``count`` tokens, ``token`` the first, each next the most likely one after it, and the seconds between them."""
+    tokens, intervals, last = [token], [], time.monotonic()
+    for _ in range(count - 1):
+        token = _next_token(session, [token])
+        now = time.monotonic()
+        intervals.append(now - last)
+        last = now
+        tokens.append(token)
+    return tokens, intervals
 
 
 def _next_token(session: Any, tokens: Sequence[int]) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pocketlm.agent import DECODE_WINDOW, PREFILL_WINDOW
 from pocketlm.artifact import Artifact
 from pocketlm.devices.base import Device, Outcome
 from pocketlm.errors import UnavailableError
@@ -26,8 +27,6 @@ from pocketlm.results import (
 
 __all__ = ["Conditions", "MeasuredRuntime"]
 
-# The windows of instructions that pocketlm.agent opens.
-PREFILL_WINDOW, DECODE_WINDOW = 1, 2
 NO_ANSWERS = "the bundle's golden replay has no answers"
 
 

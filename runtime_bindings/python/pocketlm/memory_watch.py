@@ -11,7 +11,7 @@ from typing import NoReturn, Self
 
 from pocketlm.memory import MemoryPeak, resident_memory
 
-__all__ = ["MemoryWatch"]
+__all__ = ["INTERVAL", "MemoryWatch"]
 
 INTERVAL = 0.01  # seconds between two looks, each of which costs about 50 us of another core
 SAMPLE = struct.Struct("<dQQ")  # time.monotonic(), bytes anonymous, bytes file-backed
