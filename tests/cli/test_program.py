@@ -10,7 +10,7 @@ import pocketlm as package
 from tests.cli.test_export import refused
 from tests.small_checkpoint import write_small_checkpoint
 
-COMMANDS = ("export", "verify", "inspect", "run", "chat", "bench", "store")
+COMMANDS = ("export", "verify", "inspect", "run", "chat", "bench", "store", "devices")
 
 
 def test_help_lists_the_commands_that_work_and_no_others(pocketlm):
@@ -18,7 +18,7 @@ def test_help_lists_the_commands_that_work_and_no_others(pocketlm):
     assert process.returncode == 0
     listed = [line.split()[1] for line in process.stdout.splitlines() if line.startswith("│ ") and line[2] != "-"]
     assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
-    for later in ("replay", "devices", "serve"):
+    for later in ("serve", "sdk"):
         assert later not in process.stdout
 
 

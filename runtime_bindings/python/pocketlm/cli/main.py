@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import pocketlm
-from pocketlm.cli import bench, chat, compare, export, inspect, replay, run, store, verify
+from pocketlm.cli import bench, chat, compare, devices, export, inspect, replay, run, store, verify
 from pocketlm.cli.console import Interrupted, note
 
 __all__ = ["app", "main"]
@@ -32,6 +32,7 @@ app.command("chat", epilog=chat.EXAMPLE)(chat.chat)
 app.command("replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command("bench", epilog=bench.EXAMPLE)(bench.bench)
 app.command("compare", epilog=compare.EXAMPLE)(compare.compare)
+app.add_typer(devices.app, name="devices", epilog=devices.EXAMPLE)
 app.command("store", epilog=store.EXAMPLE)(store.store)
 
 

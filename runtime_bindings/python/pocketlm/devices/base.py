@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pocketlm.artifact import Artifact
 from pocketlm.job import Job
 
-__all__ = ["Device", "Facts", "Found", "Outcome"]
+__all__ = ["Device", "Facts", "Found", "Outcome", "State"]
 
 Facts = Mapping[str, str | int | float | None]
 State = Literal["ready", "not ready", "can be set up", "not available"]

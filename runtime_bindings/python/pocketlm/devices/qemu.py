@@ -15,11 +15,10 @@ import pocketlm
 from pocketlm.agent import PROFILE_FILE
 from pocketlm.artifact import Artifact
 from pocketlm.devices.arm64_system.emulation import emulated_python, environment
-from pocketlm.devices.arm64_system.parts import Record
 from pocketlm.devices.arm64_system.profiles import DEFAULT_PROFILE, PROFILES
 from pocketlm.devices.arm64_system.progress import Progress
 from pocketlm.devices.arm64_system.set_up import Arm64System, find_system, obstacle, set_up
-from pocketlm.devices.base import Device, Facts, Found, Outcome
+from pocketlm.devices.base import Device, Facts, Found, Outcome, State
 from pocketlm.devices.local_agent import run_agent
 from pocketlm.errors import InputError, UnavailableError
 from pocketlm.job import Job, Measure
@@ -42,10 +41,10 @@ class EmulatedDevice(Device):
         self._name = profile
 
     def facts(self) -> Facts:
-        emulator = self._system.record("emulator").contents["qemu-user"].partition(" ")[0]
+        contents = self._system.contents()
         return {
-            "system": f"Debian {self._system.record('root').contents['suite']}, arm64",
-            "cpu": f"{self._name}, emulated by QEMU {emulator}",
+            "system": f"Debian {contents['root']['suite']}, arm64",
+            "cpu": f"{self._name}, emulated by QEMU {contents['emulator']['qemu-user'].partition(' ')[0]}",
             "cores": "1",
             "features": PROFILES[self._name].kernels,
         }
@@ -85,25 +84,24 @@ def open_device(place: str) -> EmulatedDevice:
 
 def find_devices() -> Iterator[Found]:
     """Each profile if they are set up, else that they can be, or why not."""
-    if reason := obstacle():
-        yield Found(ADDRESS, "not available", "emulated arm64", reason)
-        return
     try:
         find_system()
     except UnavailableError as error:
-        yield Found(ADDRESS, "can be set up", "emulated arm64", str(error))
+        reason = obstacle()
+        state: State = "not available" if reason else "can be set up"
+        yield Found(ADDRESS, state, "emulated arm64: correctness, instructions", reason or str(error))
         return
     for name, profile in PROFILES.items():
         yield Found(f"{ADDRESS}@{name}", "ready", f"emulated arm64 with {profile.kernels}: correctness, instructions")
 
 
-def set_up_device(place: str, progress: Progress, *, anew: bool = False) -> Mapping[str, Record]:
-    """Set ``arm64`` up, all profiles at once; the parts that it then has, by their names.
+def set_up_device(place: str, progress: Progress, *, anew: bool = False) -> Mapping[str, Mapping[str, str]]:
+    """Set ``arm64`` up, all profiles at once; what each of its parts then holds, name -> version.
 
     Raises :class:`InputError` for another name, and what :func:`pocketlm.devices.arm64_system.set_up.set_up` does.
     """
     _profile(place)
-    return set_up(progress, anew=anew).records()
+    return set_up(progress, anew=anew).contents()
 
 
 def _profile(place: str) -> str:

@@ -24,13 +24,15 @@ class Recipe:
     """How a part is made. ``key`` tells everything that it is made from: a part of another key is made again, and so is
     one of whose ``needs`` another part is made.
 
-    ``make`` fills an empty folder, and returns the versions of what it put there.
+    ``make`` fills an empty folder, and returns the versions of what it put there. ``tool``: only other parts' making
+    needs it.
     """
 
     name: str
     key: str
     make: Callable[[Path], Mapping[str, str]]
     needs: tuple[str, ...] = ()
+    tool: bool = False
 
 
 @dataclass(frozen=True, slots=True)

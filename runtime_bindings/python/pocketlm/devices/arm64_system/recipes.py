@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pocketlm.devices.arm64_system.deb_archive import unpack_deb
@@ -69,7 +70,7 @@ def recipes(store: PartStore, release: DebianRelease, progress: Progress) -> lis
 
     root = unpacked("root", "arm64", ROOT, _of_root)
     emulator = unpacked("emulator", HOST, EMULATOR, _of_emulator)
-    compiler = unpacked("compiler", HOST, COMPILER, _of_compiler)
+    compiler = replace(unpacked("compiler", HOST, COMPILER, _of_compiler), tool=True)
     wheels = Recipe("wheels", _key(REQUIREMENTS), lambda folder: _install_wheels(folder, progress))
     native = Recipe(
         "native",

@@ -3,11 +3,12 @@
 import platform
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from pocketlm.cache import cache_folder
 from pocketlm.devices.arm64_system.debian import DebianRelease, debian_mirror
-from pocketlm.devices.arm64_system.parts import PartStore, Recipe, Record
+from pocketlm.devices.arm64_system.parts import PartStore, Recipe
 from pocketlm.devices.arm64_system.progress import Progress
 from pocketlm.devices.arm64_system.recipes import SUITE, recipes
 from pocketlm.errors import UnavailableError
@@ -26,31 +27,27 @@ class Arm64System:
         self.root = store.path("root")
         """Debian's libraries and Python, with the names that they have on a device."""
         self.python = self.root / "usr/bin/python3.11"
-        self.emulator = store.path("emulator")
-        """What ``usr/bin/qemu-aarch64`` is and needs, its own loader too."""
         self.packages = (store.path("wheels"), store.path("native"))
         """The folders of Python packages: numpy, onnxruntime and executorch; the native ExecuTorch session."""
-        self.counter = store.path("counter") / "instruction_counter.so"
-        self.profiles = store.path("profiles")
-        """A folder for each profile: the root as a process on that CPU sees it."""
         self._store = store
 
-    def record(self, part: str) -> Record:
-        """What the part of that name is. Raises :class:`UnavailableError` if it is gone."""
-        record = self._store.record(part)
-        if record is None:
-            raise UnavailableError(f"{self._store.path(part)}: not set up")
-        return record
-
-    def records(self) -> dict[str, Record]:
-        """All parts."""
-        return {recipe.name: self.record(recipe.name) for recipe in _recipes(self._store, Progress())}
+    def contents(self) -> dict[str, Mapping[str, str]]:
+        """What each part holds: name -> version and sha256. Raises :class:`UnavailableError` if one is gone."""
+        found = {}
+        for recipe in _recipes(self._store, Progress()):
+            record = self._store.record(recipe.name)
+            if record is None:
+                raise UnavailableError(f"{self._store.path(recipe.name)}: not set up")
+            found[recipe.name] = record.contents
+        return found
 
 
 def obstacle() -> str:
     """Why nothing can be set up on this machine; empty if it can."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return f"only on Linux on x86_64, not on {platform.system()} on {platform.machine()}"
+    if ":" in str(_store().folder):  # which separates folders in the search paths of libraries and packages
+        return f"not in {_store().folder}: a folder without a colon is needed, XDG_CACHE_HOME says which"
     missing = [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
     return f"needs {' and '.join(missing)}" if missing else ""
 
@@ -59,7 +56,7 @@ def find_system() -> Arm64System:
     """The system as it is. Raises :class:`UnavailableError` if it isn't set up, or a file of it is missing or short."""
     store = _store()
     for recipe in _recipes(store, Progress()):
-        if fault := store.fault(recipe, hashes=False):
+        if not recipe.tool and (fault := store.fault(recipe, hashes=False)):
             raise UnavailableError(f"{store.path(recipe.name)}: {fault}: run 'pocketlm devices setup qemu:arm64'")
     return Arm64System(store)
 
