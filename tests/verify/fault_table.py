@@ -42,6 +42,26 @@ MODELS = {
     **dict.fromkeys(sparse_blocks.WRONG, sparse_blocks.MODEL),
 }
 
+# Again where the operators are others: layer norms, biases everywhere, parallel attention and MLP; four norms with an
+# offset, soft caps of the architecture's own, windows in every other layer.
+ELSEWHERE = {
+    "phi": (
+        "a bias missing",
+        "a norm's epsilon x1000",
+        "key/value heads paired wrongly",
+        "position off by one",
+        "rotary halves swapped",
+        "rotary table one row off",
+    ),
+    "gemma2": (
+        "a norm's epsilon x1000",
+        "rotary halves swapped",
+        "soft cap ignored",
+        "window ignored",
+        "window one too wide",
+    ),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -52,7 +72,7 @@ class Case:
     model: str
 
     def __str__(self) -> str:
-        return f"{self.target}-{self.fault}".replace(" ", "_")
+        return f"{self.target}-{self.fault}-{self.model}".replace(" ", "_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +86,10 @@ class Row:
     separation: float
 
 
-CASES = [Case(target, fault, MODELS.get(fault, MODEL)) for target in TARGETS for fault in faults(target)]
+CASES = [
+    *(Case(target, fault, MODELS.get(fault, MODEL)) for target in TARGETS for fault in faults(target)),
+    *(Case(target, fault, model) for model, names in ELSEWHERE.items() for fault in names for target in TARGETS),
+]
 
 
 class FaultTable:
@@ -161,8 +184,8 @@ def main() -> None:
     conspicuous of them stands out at level 2."""
     with tempfile.TemporaryDirectory() as name:
         table = FaultTable(Path(name))
-        print("| fault | target | caught | by level 1 | by level 2 | smallest separation at level 2 |")
-        print("|---|---|---|---|---|---|")
+        print("| fault | model | target | caught | by level 1 | by level 2 | smallest separation at level 2 |")
+        print("|---|---|---|---|---|---|---|")
         caught = injected = 0
         for case in sorted(CASES, key=lambda case: case.fault):
             rows = [table.row(case, place) for place in table.places(case)]
@@ -170,7 +193,7 @@ def main() -> None:
             caught, injected = caught + len(seen), injected + len(rows)
             by = [sum(level in row.caught_by for row in rows) for level in (1, 2)]
             smallest = min(row.separation for row in rows)
-            cells = case.fault, case.target, f"{len(seen)} of {len(rows)}", *by, f"{smallest:.2g}"
+            cells = case.fault, case.model, case.target, f"{len(seen)} of {len(rows)}", *by, f"{smallest:.2g}"
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
             for row in rows:
                 if not row.caught_by:

@@ -28,7 +28,12 @@ from tests.verify.fault_places import (
 __all__ = ["FAULTS", "Place", "Rows", "places"]
 
 MODELS = ("model.onnx", "head.onnx")
-NORMS = ("RMSNormalization", "SkipSimplifiedLayerNormalization")
+NORMS = (
+    "RMSNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "LayerNormalization",
+    "SkipLayerNormalization",
+)
 
 
 def places(fault: str, folder: Path, manifest: Manifest) -> list[Place]:

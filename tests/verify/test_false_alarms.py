@@ -1,28 +1,36 @@
-"""Correct artifacts are never refused: seeds of every architecture through every target, all levels."""
+"""Correct artifacts are never refused: seeds of every architecture through every target that takes it, all levels."""
 
 import dataclasses
 
 import pytest
 
+import pocketlm
 from pocketlm_export.options import ExportOptions
 from pocketlm_export.pipeline import export_bundle
+from tests.refusals import refusal_of
 from tests.tiny_models import ROWS, write_checkpoint
 
-ARCHITECTURES = {row.model_type: row for row in ROWS}  # the last row of each: windows, biases, odd sizes
+TARGETS = ("onnx", "executorch", "coreml")
+LAST = {row.model_type: row for row in ROWS}  # of each architecture: outliers, or windows and biases
+# Partial rotation and parallel layers; soft caps; routers near a tie; sparse blocks.
+PLAIN = [row for row in ROWS if row.name in ("phi-2", "gemma2", "mixtral", "qwen3-moe", "phi3small")]
 SEEDS = range(20)
+# Its outliers cancel in the head: logits deviate by a hundredth of what they are sums of, which is too little for
+# float16 (level 5) and for float32 sums in another order (level 4).
+ILL_CONDITIONED = {"phi3small-outliers": [8]}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_twenty_seeds_verify(model_type, tmp_path):
-    alarms = []
+@pytest.mark.parametrize("row", [*LAST.values(), *PLAIN], ids=lambda row: row.name)
+def test_twenty_seeds_verify(row, tmp_path):
+    alarms: dict[int, list[str]] = {}
+    targets = tuple(target for target in TARGETS if refusal_of(row, target, "int4") is None)
     for seed in SEEDS:
-        row = ARCHITECTURES[model_type]
         checkpoint = tmp_path / str(seed)
         write_checkpoint(dataclasses.replace(row, name=f"{row.name}, seed {seed}"), checkpoint)
-        options = ExportOptions(store=tmp_path / "store", verify=False)
+        options = ExportOptions(targets=targets, context=row.context, store=tmp_path / "store", verify=False)
         bundle = export_bundle(str(checkpoint), tmp_path / f"{seed}.pocketlm", options)
-        import pocketlm
-
-        alarms += [f"seed {seed}: {words}" for words in pocketlm.verify(bundle, reference=checkpoint).failures]
-    assert alarms == []
+        failures = pocketlm.verify(bundle, reference=checkpoint).failures
+        if failures:
+            alarms[seed] = failures
+    assert list(alarms) == ILL_CONDITIONED.get(row.name, []), alarms
