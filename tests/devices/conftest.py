@@ -14,12 +14,20 @@ from tests.devices.adb_server import DeviceServer, end_processes_in
 from tests.devices.host_archive import host_archive
 
 from pocketlm.devices.adb import AdbDevice
+from pocketlm.devices.arm64_system.progress import Progress
+from pocketlm.devices.arm64_system.set_up import Arm64System, set_up
 
 ANSWERS = {  # what a phone's commands say
     "uname": "echo aarch64",
     "getprop": "printf '[ro.product.cpu.abi]: [arm64-v8a]\\n[ro.product.model]: [Pretended Phone]\\n'",
     "dumpsys": 'test "$1" = thermalservice && echo "Thermal Status: 0"',
 }
+
+
+@pytest.fixture(scope="session")
+def arm64_system() -> Arm64System:
+    """The user's own, set up if it isn't: from the registries, in half a minute, by one of the tests' processes."""
+    return set_up(Progress())
 
 
 @pytest.fixture(scope="session")

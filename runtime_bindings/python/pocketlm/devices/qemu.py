@@ -79,7 +79,8 @@ def open_device(place: str) -> EmulatedDevice:
 
     Raises :class:`InputError` for another name, :class:`UnavailableError` if it isn't set up or is damaged.
     """
-    return EmulatedDevice(find_system(), _profile(place))
+    profile = _profile(place)
+    return EmulatedDevice(find_system(), profile)
 
 
 def find_devices() -> Iterator[Found]:
