@@ -5,7 +5,7 @@ import pytest
 
 from pocketlm_export.backends.coreml.importing import coremltools
 from pocketlm_export.backends.reading import open_reader
-from tests.bundle.vendors import genai_greedy, greedy, text_runner, text_runner_greedy
+from tests.bundle.vendors import genai_greedy, greedy, session_of_text_runner, text_runner, text_runner_greedy
 
 PROMPTS = ("def read_json(path):\n", "import os\n\nclass Stack:\n    def push(self", "# Returns the largest ")
 STEPS = 40
@@ -80,7 +80,7 @@ def test_onnxruntime_genai_generates_our_greedy_tokens(prompt, demo_bundle):
 def test_the_official_text_runner_generates_our_greedy_tokens(prompt, demo_bundle):
     bundle = demo_bundle("int4", "int8")
     ids = bundle.tokenizer.encode(prompt, add_special_tokens=False)
-    with bundle.session("executorch", threads=1) as session:
+    with session_of_text_runner(bundle) as session:
         expected = greedy(session, ids, STEPS, bundle.stop_ids)
     written = text_runner_greedy(text_runner(bundle), prompt, STEPS)
     # The runner also hands over the text of the stop token.

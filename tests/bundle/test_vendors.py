@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from pocketlm_export.architectures import known_architectures
 from pocketlm_export.options import ExportOptions
 from pocketlm_export.pipeline import export_bundle
-from tests.bundle.vendors import genai_greedy, greedy, text_runner, text_runner_greedy
+from tests.bundle.vendors import genai_greedy, greedy, session_of_text_runner, text_runner, text_runner_greedy
 from tests.refusals import refusal_of
 from tests.tiny_models import ROWS, write_checkpoint
 
@@ -112,7 +112,7 @@ def ascii_bundle(tmp_path_factory):
 @pytest.mark.parametrize(("prompt", "calls"), [("the quick brown", 1), ("zyx wvu tsr qpo " * 9, 2)])
 def test_the_official_runner_generates_the_tokens_of_our_session(prompt, calls, row, ascii_bundle):
     bundle = ascii_bundle(row.name)
-    with bundle.session("executorch", threads=1) as session:
+    with session_of_text_runner(bundle) as session:
         ids = bundle.tokenizer.encode(prompt, add_special_tokens=False)
         assert calls == -(-len(ids) // bundle.manifest.targets["executorch"].longest_call)
         expected, logits = [], session.extend(ids)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pocketlm.bundle import Bundle
+from pocketlm.runtimes import executorch_torch
 from pocketlm.session import Session
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ def text_runner(bundle: Bundle) -> "TextLLMRunner":
 
     path = bundle.folder / bundle.manifest.targets["executorch"].path
     return TextLLMRunner(str(path), str(bundle.folder / "executorch" / "tokenizer.json"))
+
+
+def session_of_text_runner(bundle: Bundle) -> Session:
+    """A session with that runner's own kernels: with int8 activations another rounding turns near ties."""
+    return executorch_torch.open_session(bundle.artifact("executorch"), 1)
 
 
 def text_runner_greedy(runner: "TextLLMRunner", prompt: str, steps: int) -> str:

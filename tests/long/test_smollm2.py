@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import pocketlm
-from tests.bundle.vendors import genai_greedy, greedy, text_runner, text_runner_greedy
+from tests.bundle.vendors import genai_greedy, greedy, session_of_text_runner, text_runner, text_runner_greedy
 
 pytestmark = pytest.mark.long
 
@@ -56,7 +56,7 @@ def test_onnxruntime_genai_generates_our_greedy_tokens(bundle, prompt):
 
 def test_the_official_text_runner_generates_our_greedy_tokens(bundle, prompt):
     ids = bundle.tokenizer.encode(prompt, add_special_tokens=False)
-    with bundle.session("executorch") as session:
+    with session_of_text_runner(bundle) as session:
         expected = greedy(session, ids, STEPS, bundle.stop_ids)
     written = text_runner_greedy(text_runner(bundle), prompt, STEPS)
     assert written.startswith(bundle.tokenizer.decode(expected, skip_special_tokens=False))
