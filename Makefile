@@ -23,8 +23,10 @@ ODD := qwen2-window llama-outliers llama-odd-widths
 
 # Where `make bench` leaves its checkpoint, bundles and results.
 BENCH := build/bench
+GATE := build/gate
+BASELINE := benchmarks/baselines/demo-arm64.json
 
-.PHONY: bench demo demo-smollm2 docs-performance docs-verification test test-all fuzz lint format clean
+.PHONY: always bench demo demo-smollm2 docs-performance docs-verification test test-all fuzz gate gate-baseline lint format clean
 
 demo: $(BIN)/.installed-all
 	$(BIN)/pocketlm export mobile_demo/model/checkpoint --output $(DEMO) --force
@@ -80,10 +82,23 @@ bench: $(BIN)/.installed-dev
 	  --keep $(BENCH)/demo.pocketlm --json $(BENCH)/demo-export.json
 	$(BIN)/python -m pocketlm_bench.export $(BENCH)/checkpoint --head int4 --repetitions 1 \
 	  --keep $(BENCH)/qwen2.5-0.5b.pocketlm --json $(BENCH)/qwen2.5-0.5b-export.json
-	@for model in demo qwen2.5-0.5b; do for runtime in onnx executorch; do \
-	  echo; $(BIN)/pocketlm bench $(BENCH)/$$model.pocketlm --runtime $$runtime --threads 1 --repetitions 3 \
-	    --json $(BENCH)/$$model-$$runtime.json || exit 1; \
-	done; done
+	@for model in demo qwen2.5-0.5b; do \
+	  echo; $(BIN)/pocketlm bench $(BENCH)/$$model.pocketlm --runtime onnx --runtime executorch --threads 1 \
+	    --repetitions 3 --depth 0,512 --json $(BENCH)/$$model.json || exit 1; \
+	done
+
+# The demo model's instructions on emulated arm64 CPUs, against those that are committed; three minutes. First,
+# once: pocketlm devices setup qemu:arm64. `make gate-baseline` commits to what is measured now.
+gate: $(GATE)/demo-arm64.json
+	$(BIN)/pocketlm compare $(BASELINE) $< --gate 'arm64_instructions<=1.01,top1>=0.99'
+
+gate-baseline: $(GATE)/demo-arm64.json
+	cp $< $(BASELINE)
+
+$(GATE)/demo-arm64.json: $(BIN)/.installed-dev always
+	$(BIN)/pocketlm export mobile_demo/model/checkpoint --targets onnx,executorch --no-verify --output $(GATE)/demo.pocketlm --force
+	$(BIN)/pocketlm bench $(GATE)/demo.pocketlm --runtime onnx --runtime executorch --prompt-tokens 32 --new-tokens 17 \
+	  --depth 0 $(addprefix --device qemu:arm64@,cortex-a53 cortex-a76 max) --json $@
 
 # The figures and the fault table of docs/verification.md; about ten minutes.
 docs-verification: $(BIN)/.installed-dev $(BIN)/.installed-smollm2

@@ -32,6 +32,7 @@ from pocketlm.errors import InputError
 from pocketlm.figures import figures_of
 from pocketlm.machine import machine_facts
 from pocketlm.measured_runtime import Conditions, MeasuredRuntime
+from pocketlm.replay import LIMIT
 from pocketlm.results import BenchSettings, Sample
 from pocketlm.runtimes import executorch_library
 from pocketlm_bench.page import insert
@@ -108,7 +109,7 @@ def measure_variants(bundle: Bundle, settings: Settings) -> list[VariantRuns]:
     (work,) = settings_for(bundle, options)
     runs = []
     for variant in variants_of(bundle):
-        conditions = Conditions(settings.threads, None, variant.packed, limit=options.limit, cool_down=0)
+        conditions = Conditions(settings.threads, None, variant.packed, limit=LIMIT, cool_down=0)
         measured = MeasuredRuntime(device, variant.runtime, bundle.artifact(variant.runtime), conditions)
         runs.append(VariantRuns(variant, measured, work))
     with device, _empty_cache() as cache:

@@ -13,6 +13,7 @@ from pocketlm.errors import BundleError, ContextLengthError, InputError, Unavail
 from pocketlm.golden_session import read_golden_session
 from pocketlm.machine import command_line
 from pocketlm.measured_runtime import Conditions, MeasuredRuntime
+from pocketlm.replay import EMULATED_LIMIT, LIMIT
 from pocketlm.replay_expectation import ExpectedSession
 from pocketlm.results import FORMAT_VERSION, BenchResult, BenchRun, BenchSettings, SubjectBundle
 
@@ -29,7 +30,8 @@ Note = Callable[[str], None]
 class BenchOptions:
     """``depths`` None: those of :data:`USUAL_DEPTHS` that fit. ``cold``: measure loads from the disk, too, at the first
     depth and unless the weights are packed. ``limit`` and ``cool_down`` are those of
-    :class:`pocketlm.measured_runtime.Conditions`. ``profile``: one more process for what really ran.
+    :class:`pocketlm.measured_runtime.Conditions`; no limit: a replay's. ``profile``: one more process for what really
+    ran.
 
     An emulated device counts instructions instead: one repetition, one thread.
     """
@@ -43,7 +45,7 @@ class BenchOptions:
     repetitions: int = 5
     cold: bool = True
     cool_down: float = 0.0
-    limit: float = 600.0
+    limit: float | None = None
     profile: bool = False
 
 
@@ -96,7 +98,7 @@ def settings_for(bundle: Bundle, options: BenchOptions) -> list[BenchSettings]:
         ("--threads", 1 if options.threads is None else options.threads, 1),
         ("--repetitions", options.repetitions, 1),
         ("--cool-down", options.cool_down, 0),
-        ("--limit", options.limit, 0.001),
+        ("--limit", 1 if options.limit is None else options.limit, 0.001),
     ):
         if value < least:
             raise InputError(f"{name} must be at least {least}, not {value:g}")
@@ -151,7 +153,7 @@ def _conditions(device: Device, options: BenchOptions) -> Conditions:
         threads=1 if device.emulated else options.threads,  # windows of instructions are one thread's
         cores=options.cores,
         packed=options.packed,
-        limit=options.limit,
+        limit=options.limit if options.limit is not None else EMULATED_LIMIT if device.emulated else LIMIT,
         cool_down=options.cool_down,
     )
 

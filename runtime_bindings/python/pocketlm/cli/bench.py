@@ -48,7 +48,10 @@ def bench(
     cool_down: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long a hot device may take before each repetition.")
     ] = 0.0,
-    limit: Annotated[float, typer.Option(metavar="SECONDS", help="How long one process may take.")] = 600.0,
+    limit: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long one process may take. Default: 600, emulated 3600."),
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Tell which operators really ran, and how long.")] = False,
     strict_backend: Annotated[
         bool,

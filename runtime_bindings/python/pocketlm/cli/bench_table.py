@@ -58,7 +58,8 @@ def _circumstances(bundle: str, run: BenchRun) -> Iterator[str]:
         f"{'counted once' if run.device.emulated else processes}"
     )
     cpu = facts.get("cpu") or facts.get("model") or run.device.address
-    yield printable(f"{cpu}: {run.features or 'features unknown'}")
+    features = "features unknown" if run.features is None else run.features or "no known features"
+    yield printable(f"{cpu}: {features}")
 
 
 def _figures(run: BenchRun) -> Iterator[str]:
