@@ -81,14 +81,14 @@ def pack(contents: Mapping[str, Path | bytes], folder: Path) -> AgentArchive:
     path = folder / f"{name}.tar.gz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        for older in folder.glob("*.tar.gz"):
-            older.unlink()
         with (
             tempfile.NamedTemporaryFile(dir=folder, delete=False) as file,
             gzip.GzipFile(fileobj=file, mode="wb", filename="", compresslevel=6, mtime=0) as packed,
         ):
             _write_tar(contents, packed)
         Path(file.name).rename(path)
+        for other in set(folder.glob("*.tar.gz")) - {path}:
+            other.unlink(missing_ok=True)
     with path.open("rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
     return AgentArchive(name, path, ArtifactFile(sha256, path.stat().st_size))
