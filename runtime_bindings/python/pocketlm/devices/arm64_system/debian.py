@@ -21,7 +21,7 @@ __all__ = ["KEYRING", "MIRROR_VARIABLE", "DebianRelease", "Package", "debian_mir
 MIRROR_VARIABLE = "POCKETLM_DEBIAN_MIRROR"
 PUBLIC_MIRROR = "https://deb.debian.org/debian"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-SAFE_PATH = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9/_.+~:%-]*")
+SAFE_PATH = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9/_.+~%-]*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

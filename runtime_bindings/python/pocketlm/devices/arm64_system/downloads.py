@@ -6,6 +6,7 @@ that is whole is never fetched again.
 """
 
 import hashlib
+import shutil
 import subprocess
 import tempfile
 import urllib.error
@@ -54,6 +55,10 @@ def fetch(files: Sequence[File], folder: Path, advance: Advance = lambda _bytes:
                 f"{file.url}: {size} bytes arrived that aren't the {file.size} of sha256 {file.sha256}: "
                 "altered or cut off on the way; run it again"
             )
+        if path.is_symlink():  # apt's way with a mirror that is a folder of this machine
+            content = path.resolve()
+            path.unlink()
+            shutil.copyfile(content, path)
         path.rename(folder / file.sha256)
     return [folder / file.sha256 for file in files]
 
