@@ -60,6 +60,7 @@ class MeasuredRuntime:
         self._begin: Begin | None = None
         self._tokens: dict[BenchSettings, set[str]] = {}
         self._samples: dict[BenchSettings, list[Sample]] = {}
+        self._heat: dict[BenchSettings, int] = {}
         self._instructions: dict[BenchSettings, Instructions] = {}
         self._profiles: dict[BenchSettings, Profile] = {}
         self._top1 = Top1(agreement=None, positions=0, reason="not replayed")
@@ -81,6 +82,7 @@ class MeasuredRuntime:
             measurement, _ = self._measure(_work(settings, cold=cold), settings, Path(folder))
         sample = measurement.as_sample(cold=cold)
         self._samples.setdefault(settings, []).append(sample)
+        self._note_heat(settings)
         self._tokens.setdefault(settings, set()).add(sample.tokens_sha256)
         return sample
 
@@ -145,7 +147,7 @@ class MeasuredRuntime:
             settings=settings,
             features=begin.machine.get("features"),
             governor=begin.machine.get("governor"),
-            noisy=list(noise_of(samples)),
+            noisy=[*noise_of(samples), *self._heat_of(settings)],
             samples=samples,
             figures=figures_of(samples, settings) if samples else no_figures(),
             tokens_sha256=next(iter(tokens)) if len(tokens) == 1 else None,
@@ -153,6 +155,16 @@ class MeasuredRuntime:
             instructions=self._instructions.get(settings),
             profile=self._profiles.get(settings),
         )
+
+    def _note_heat(self, settings: BenchSettings) -> None:
+        """It was ready before; a device that tells a thermal status may have become too hot meanwhile."""
+        status = self.device.facts().get("thermal_status")
+        if isinstance(status, int) and status > self._heat.get(settings, 0):
+            self._heat[settings] = status
+
+    def _heat_of(self, settings: BenchSettings) -> list[str]:
+        status = self._heat.get(settings)
+        return [] if status is None else [f"the device became hot: thermal status up to {status}"]
 
     def _read_profile(self, profile: Path) -> Profile:
         features = self._begin.machine.get("features") if self._begin is not None else None
