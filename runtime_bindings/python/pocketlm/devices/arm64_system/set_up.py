@@ -64,7 +64,7 @@ def find_system() -> Arm64System:
 def set_up(progress: Progress, *, anew: bool = False) -> Arm64System:
     """Make what isn't there, or isn't what was made; with ``anew`` all of it, from today's packages.
 
-    About 120 MB come from Debian and PyPI. An interrupted call leaves whole parts alone, which the next one keeps.
+    About 160 MB come from Debian and PyPI. An interrupted call leaves whole parts alone, which the next one keeps.
     Raises :class:`UnavailableError` that names what can't be had, or what it is not.
     """
     if reason := obstacle():
