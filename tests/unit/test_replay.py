@@ -14,10 +14,10 @@ from pocketlm.certificate import Certificate, Check, Evidence, Level, TargetCert
 from pocketlm.devices.base import Outcome
 from pocketlm.errors import UnavailableError
 from pocketlm.logit_summary import summarize
-from pocketlm.replay_answer import Numbers, ReplayedStep, read_replay, read_runtime
+from pocketlm.replay_answer import Numbers, ReplayedStep, read_replay
 from pocketlm.replay_expectation import ExpectedSequence, GoldenStep, RecordedStep
 from pocketlm.replay_judgement import SHORTEST_JUDGED, Judgement, judge
-from pocketlm.replay_limits import WIDE_MARGIN, limits_of
+from pocketlm.replay_limits import WIDE_MARGIN, Side, limits_of
 from pocketlm.results import ReplayLimits
 
 LIMITS = ReplayLimits(margin=0.1, drift=0.2, mean_kl=1e-3, certified=True)
@@ -200,8 +200,14 @@ def check(name: str, threshold: float) -> Check:
 INT8 = {"root mean square": 0.01, "mean KL": 4e-4, "greedy regret": 0.06}
 
 
-def limits(known: Certificate | None, replayed_by: str, recorded_by: str | None) -> tuple[float, float | None, bool]:
-    found = limits_of(known, replayed_by=replayed_by, recorded_by=recorded_by, deviation=2.0)
+X86, ARM = {"features": "avx2 avx512f"}, {"features": "asimddp i8mm"}
+
+
+def limits(
+    known: Certificate | None, replayed_by: str, recorded_by: str | None, machine: dict[str, str] = X86
+) -> tuple[float, float | None, bool]:
+    recorder = None if recorded_by is None else Side(recorded_by, X86)
+    found = limits_of(known, replayed_by=Side(replayed_by, machine), recorded_by=recorder, deviation=2.0)
     assert found.drift == (2 * found.margin if found.certified else None)
     return found.margin, found.mean_kl, found.certified
 
@@ -212,6 +218,23 @@ def test_the_reference_is_exact_and_a_runtime_is_not():
     # Margins add up, and so do the roots of KL: 0.02 + 0.03, squared.
     assert limits(known, "onnx", "executorch") == (pytest.approx(0.16), pytest.approx(2.5e-3), True)
     assert limits(known, "onnx", "onnx") == (pytest.approx(0.12), pytest.approx(1.6e-3), True)
+
+
+@pytest.mark.parametrize("machine", [ARM, {"cpu": "arm64", "system": "Darwin"}])
+def test_where_onnx_runtime_rounds_by_rows_its_noise_is_that_of_executorch(machine):
+    known = certificate(onnx=INT8, executorch={"mean KL": 9e-4, "greedy regret": 0.05})
+    assert limits(known, "onnx", None, machine) == (0.06, pytest.approx(9e-4), True)
+    assert limits(known, "onnx", "onnx", machine) == (pytest.approx(0.12), pytest.approx(2.5e-3), True)
+    assert limits(known, "executorch", None, machine) == (0.05, pytest.approx(9e-4), True)
+    assert limits(certificate(onnx=INT8), "onnx", None, machine) == (WIDE_MARGIN, None, False)
+    float32 = certificate(onnx={"root mean square": 1e-5, "greedy regret": 1e-4})
+    assert limits(float32, "onnx", None, machine) == (1e-4, pytest.approx(2e-8), True)
+
+
+@pytest.mark.parametrize("machine", [X86, {"features": "asimd"}, {"features": ""}, {"cpu": "x86_64"}])
+def test_elsewhere_onnx_runtime_rounds_by_blocks(machine):
+    known = certificate(onnx=INT8, executorch={"mean KL": 9e-4, "greedy regret": 0.1})
+    assert limits(known, "onnx", None, machine) == (0.06, pytest.approx(4e-4), True)
 
 
 def test_what_a_level_states_instead_of_a_kl():
@@ -260,11 +283,6 @@ def test_an_answer_that_is_none_names_the_device(case):
     lines, says = GARBAGE[case]
     with pytest.raises(UnavailableError, match=f"^adb:1: .*{says}"):
         read_replay("adb:1", [sequence_of(GoldenStep(1, 0.5))], Outcome(lines))
-
-
-def test_a_runtime_that_does_not_say_what_it_is_names_the_device():
-    with pytest.raises(UnavailableError, match=r"^adb:1: .*'runtime_build'"):
-        read_runtime("adb:1", "onnx", Outcome(({"kind": "begin", "runtime_version": "1"},)))
 
 
 def test_a_newer_agent_may_tell_more():

@@ -58,7 +58,7 @@ def read_golden_session(bundle: Bundle) -> ExpectedSession:
             f"{bundle.folder}: no golden session to compare with: the float64 reference is recorded for small models "
             "only. Record one with pocketlm run --record FILE, and replay it with --session FILE"
         )
-    return ExpectedSession("golden session", None, tuple(sequences))
+    return ExpectedSession("golden session", None, None, tuple(sequences))
 
 
 def _parsed(place: str, data: bytes) -> GoldenLine:

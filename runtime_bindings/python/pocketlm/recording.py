@@ -129,7 +129,7 @@ class RecordedSession:
 
     def expected(self, name: str) -> ExpectedSession:
         """What a replay of it is compared with."""
-        return ExpectedSession(name, self.head.runtime, tuple(map(_expected, self.sequences)))
+        return ExpectedSession(name, self.head.runtime, self.head.machine, tuple(map(_expected, self.sequences)))
 
 
 def write_session(path: Path, head: SessionLine, sequences: Sequence[tuple[SequenceLine, Sequence[StepLine]]]) -> None:

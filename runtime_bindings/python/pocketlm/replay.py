@@ -15,16 +15,18 @@ from pocketlm.errors import InputError, UnavailableError
 from pocketlm.golden_session import read_golden_session
 from pocketlm.job import Job
 from pocketlm.machine import circumstances
+from pocketlm.measurement import read_begin
 from pocketlm.recording import read_session
-from pocketlm.replay_answer import read_replay, read_runtime
+from pocketlm.replay_answer import read_replay
 from pocketlm.replay_expectation import ExpectedSession
 from pocketlm.replay_judgement import judge
-from pocketlm.replay_limits import limits_of
+from pocketlm.replay_limits import Side, limits_of
 from pocketlm.results import (
     FORMAT_VERSION,
     DeviceRecord,
     ReplayResult,
     ReplayRun,
+    RuntimeRecord,
     SessionRecord,
     SubjectBundle,
     Top1,
@@ -115,13 +117,17 @@ def _replay_on(
     job = Job(runtime, device.place(artifact), expected.work, threads=threads)
     with tempfile.TemporaryDirectory(prefix="pocketlm-replay-") as folder:
         outcome = device.run(job, Path(folder), limit=limit or (EMULATED_LIMIT if device.emulated else LIMIT))
-    ran = read_runtime(device.address, runtime, outcome)
-    recorded_by = None if expected.recorded_by is None else expected.recorded_by.name
-    limits = limits_of(bundle.certificate, replayed_by=runtime, recorded_by=recorded_by, deviation=expected.deviation)
+    begin = read_begin(device.address, outcome)
+    limits = limits_of(
+        bundle.certificate,
+        replayed_by=Side(runtime, begin.machine),
+        recorded_by=_recorder(expected),
+        deviation=expected.deviation,
+    )
     judged = judge(expected.sequences, read_replay(device.address, expected.sequences, outcome), limits)
     return ReplayRun(
         device=DeviceRecord(address=device.address, emulated=device.emulated, facts=dict(device.facts())),
-        runtime=ran,
+        runtime=RuntimeRecord(name=runtime, version=begin.runtime_version, build=begin.runtime_build),
         files={name: file.sha256 for name, file in artifact.files.items()},
         threads=threads,
         cores=None,
@@ -136,6 +142,12 @@ def _replay_on(
         failures=judged.failures,
         notes=judged.notes,
     )
+
+
+def _recorder(expected: ExpectedSession) -> Side | None:
+    if expected.recorded_by is None:
+        return None
+    return Side(expected.recorded_by.name, expected.recorded_on or {})
 
 
 def _result(

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pocketlm.devices.base import Outcome
 from pocketlm.errors import UnavailableError
 from pocketlm.replay_expectation import ExpectedSequence
-from pocketlm.results import RuntimeRecord
 
-__all__ = ["Numbers", "ReplayedStep", "read_replay", "read_runtime"]
+__all__ = ["Numbers", "ReplayedStep", "read_replay"]
 
 
 class _Line(BaseModel):
@@ -55,27 +54,12 @@ class _SequenceLine(_Line):
     steps: list[ReplayedStep]
 
 
-class _BeginLine(_Line):
-    kind: Literal["begin"]
-    runtime_version: str
-    runtime_build: str
-
-
-LineType = TypeVar("LineType", bound=_Line)
-
-
-def read_runtime(device: str, runtime: str, outcome: Outcome) -> RuntimeRecord:
-    """The runtime that the agent on ``device`` loaded. Raises :class:`UnavailableError` if it doesn't say."""
-    line = _checked(device, _BeginLine, outcome.lines[0])
-    return RuntimeRecord(name=runtime, version=line.runtime_version, build=line.runtime_build)
-
-
 def read_replay(device: str, expected: Sequence[ExpectedSequence], outcome: Outcome) -> list[list[ReplayedStep]]:
     """The steps of each sequence, as many as were asked for.
 
     Raises :class:`UnavailableError` naming ``device`` for anything else.
     """
-    lines = [_checked(device, _SequenceLine, line) for line in outcome.of_kind("sequence")]
+    lines = [_checked(device, line) for line in outcome.of_kind("sequence")]
     if [line.index for line in lines] != list(range(len(expected))):
         raise UnavailableError(
             f"{device}: the agent answered {len(lines)} sequences of {len(expected)}, or in disorder"
@@ -87,9 +71,9 @@ def read_replay(device: str, expected: Sequence[ExpectedSequence], outcome: Outc
     return [line.steps for line in lines]
 
 
-def _checked(device: str, kind: type[LineType], line: Mapping[str, Any]) -> LineType:
+def _checked(device: str, line: Mapping[str, Any]) -> _SequenceLine:
     try:
-        return kind.model_validate(line)
+        return _SequenceLine.model_validate(line)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

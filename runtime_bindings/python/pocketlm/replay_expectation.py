@@ -1,6 +1,6 @@
 """What a replay is compared with, whoever recorded it: the float64 reference, or a runtime."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,10 +107,12 @@ class ExpectedSequence:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedSession:
-    """``name``: for people; ``recorded_by``: None for the float64 reference."""
+    """``name``: for people; ``recorded_by`` and ``recorded_on``, what its machine said of itself: None for the float64
+    reference."""
 
     name: str
     recorded_by: RuntimeRecord | None
+    recorded_on: Mapping[str, str] | None
     sequences: tuple[ExpectedSequence, ...]
 
     @property
