@@ -3,12 +3,13 @@
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import adbutils
 import pytest
 from tests.devices.adb_server import DeviceServer, end_processes_in
 from tests.devices.host_archive import host_archive
@@ -33,7 +34,6 @@ def arm64_system() -> Arm64System:
 @pytest.fixture(scope="session")
 def adb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """``adb("connect", "HOST:PORT")`` -> what it says. Its server is these tests' own, and ends with them."""
-    adbutils = pytest.importorskip("adbutils")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
@@ -93,11 +93,11 @@ def phone(adb: Callable[..., str], tmp_path: Path) -> Iterator[Callable[..., Pho
     """``phone(model="A", root="odd name")`` -> one that is attached, and leaves nothing running."""
     with ExitStack() as stack:
 
-        def attach(root: str = "phone", **options: Any) -> Phone:
+        def attach(root: str = "phone", variables: Mapping[str, str] = {}, **options: Any) -> Phone:
             folder = tmp_path / root
             (folder / "bin").mkdir(parents=True)
             stack.callback(end_processes_in, folder)
-            environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+            environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **variables}
             server = stack.enter_context(closing(DeviceServer(environment, **options)))
             attached = Phone(server, folder, adb)
             for command, script in ANSWERS.items():

@@ -16,8 +16,7 @@ from tests.devices.adbd import adbd_running, unpacked_adbd
 from pocketlm.devices import find_devices, open_device
 from pocketlm.devices.adb import FOLDER_VARIABLE
 from pocketlm.devices.arm64_system.emulation import emulated_python
-from pocketlm.devices.arm64_system.progress import Progress
-from pocketlm.devices.arm64_system.set_up import obstacle, set_up
+from pocketlm.devices.arm64_system.set_up import Arm64System
 from pocketlm.errors import UnavailableError
 from pocketlm.job import ForcedTokens, Job, Replay
 from pocketlm.replay import replay
@@ -27,11 +26,11 @@ CPU = "cortex-a76"
 
 
 @pytest.fixture(scope="module")
-def device(adb: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def device(
+    adb: Callable[..., str], arm64_system: Arm64System, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """The address of an arm64 Linux behind adbd on loopback."""
-    if reason := obstacle():
-        pytest.skip(f"not run: {reason}")
-    emulator = emulated_python(set_up(Progress()).folder, CPU)[:-1]
+    emulator = emulated_python(arm64_system.folder, CPU)[:-1]
     root = tmp_path_factory.mktemp("adbd")
     uname = root / "bin" / "uname"
     uname.parent.mkdir()

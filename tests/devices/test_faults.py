@@ -1,6 +1,8 @@
 """Whatever goes wrong with a device: one short error, nothing half written, nothing left running, and then it works."""
 
 import json
+import socket
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -193,6 +195,48 @@ def test_a_device_that_vanishes_while_it_is_open(phone, adb, artifact):
         adb("disconnect", attached.serial)
         with pytest.raises(UnavailableError, match="not found"):
             device.place(artifact)
+
+
+def test_looking_for_devices_leaves_no_server_behind(monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(port))
+    monkeypatch.setenv("ANDROID_USER_HOME", str(tmp_path))
+    found = [found for found in find_devices() if found.address.startswith("adb:")]
+    assert [(device.address, device.description) for device in found] == [
+        ("adb:SERIAL", "no Android device is attached")
+    ]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+CLOCK_OF_1970 = """
+#include <sys/time.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int failed = syscall(SYS_clock_gettime, clock, now);
+    if (clock == CLOCK_REALTIME) now->tv_sec %= 1000;
+    return failed;
+}
+time_t time(time_t *now) {
+    struct timespec read;
+    clock_gettime(CLOCK_REALTIME, &read);
+    return now ? *now = read.tv_sec : read.tv_sec;
+}
+"""
+
+
+def test_a_clock_in_1970(phone, artifact, tmp_path):
+    library = tmp_path / "clock.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, "-xc", "-"], input=CLOCK_OF_1970, text=True, check=True)
+    attached = phone(variables={"LD_PRELOAD": str(library)})
+    for name in ("first", "second"):
+        with attached.open() as device:
+            outcome = replayed(device, artifact, tmp_path / name)
+        assert outcome.lines[0]["clock"].startswith("1970-01-01T00:")
+        assert outcome.of_kind("sequence")
 
 
 def test_two_devices_of_one_model(phone, artifact, tmp_path):

@@ -60,6 +60,9 @@ class Ios(Device):
             "connection": device.connection,
         }
 
+    def runtimes(self) -> Sequence[str]:
+        return ("coreml",)
+
     def place(self, artifact: Artifact) -> Artifact:
         raise UnavailableError(f"{self.address}: {artifact.path.name} can't be sent: {NO_APP}")
 

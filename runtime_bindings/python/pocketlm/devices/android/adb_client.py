@@ -53,12 +53,15 @@ def quote(path: PurePosixPath) -> str:
 
 
 def attached_devices(limit: float) -> list[Attached]:
-    """What adb's server sees; it is started if it doesn't run yet.
+    """What adb's server sees; one that doesn't run yet is started, and goes on only if there is a device for it.
 
     Raises :class:`UnavailableError` if there is no adb, or if it doesn't answer within ``limit`` seconds.
     """
-    lines = _succeed("adb", _run("adb", [_executable(), "devices", "-l"], limit)).splitlines()
+    listed = _run("adb", [_executable(), "devices", "-l"], limit)
+    lines = _succeed("adb", listed).splitlines()
     found = [match for line in lines if (match := ATTACHED.fullmatch(line.rstrip()))]
+    if not found and "daemon started" in listed.errors:
+        _run("adb", [_executable(), "kill-server"], limit)
     return [Attached(match["serial"], match["state"].strip(), _model(match["details"])) for match in found]
 
 
