@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from pocketlm.cache import cache_folder
 from pocketlm.devices.arm64_system.profiles import PROFILES, Profile
 
 __all__ = ["COUNTER_IN_ROOT", "emulated_python", "environment", "write_machine"]
@@ -58,6 +59,7 @@ def environment(parts: Path, *packages: Path) -> Mapping[str, str]:
         "PYTHONPYCACHEPREFIX": str(parts / "bytecode"),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONHASHSEED": "0",
+        "XDG_CACHE_HOME": str(cache_folder().parent),  # where packed weights go
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "LC_ALL": "C.UTF-8",
