@@ -46,10 +46,11 @@ class Fault:
 
 @dataclass
 class DeviceServer:
-    """Accepts adb's server at ``serial``, until it is closed. ``environment``: of its commands."""
+    """Accepts adb's server at ``serial``, until it is closed. ``shell`` runs commands in ``environment``."""
 
     environment: Mapping[str, str]
     model: str = "Pretended_Phone"
+    shell: str = "/bin/sh"
     unauthorized: bool = False
     faults: list[Fault] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
@@ -275,7 +276,7 @@ class Connection:
         # As of a full disk: no file can grow.
         limited = b"ulimit -f 0; " + command if fault == "full" else command
         process = subprocess.Popen(
-            ["/bin/sh", "-c", limited],
+            [self._server.shell, "-c", limited],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -2,15 +2,12 @@
 
 import os
 import shlex
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pocketlm.devices.arm64_system.deb_archive import unpack_deb
-from pocketlm.devices.arm64_system.debian import DebianRelease, debian_mirror
+from tests.devices.debian_files import unpacked_packages
 
 SHIM = Path(__file__).with_name("adbd_shim.c")
 # From backports: the release's own adbd knows neither shell,v2 nor a way to be reached but by USB.
@@ -23,24 +20,8 @@ ADBD = "usr/lib/android-sdk/platform-tools/adbd"
 PLACES = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/android")
 
 
-def unpacked_adbd(folder: Path) -> Path:
-    """The packages' files at ``folder``, fetched if it isn't there; Debian's keyring vouches for them."""
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="adbd-"))
-        for suite, names in (("bookworm-backports", BACKPORTS), ("bookworm", RELEASE)):
-            release = DebianRelease(debian_mirror(), suite, partial / "downloads" / suite)
-            for deb in release.fetch(release.packages("amd64", names), lambda _bytes: None):
-                unpack_deb(deb, partial)
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial)
-    return folder
-
-
 @contextmanager
-def adbd_running(files: Path, root: Path, port: int, emulator: Sequence[str]) -> Iterator[None]:
+def adbd_running(root: Path, port: int, emulator: Sequence[str]) -> Iterator[None]:
     """adbd at 127.0.0.1:``port`` until the end of the block; ``emulator``: the command that runs a program for arm64.
 
     What ``root/bin`` has comes before the host's commands.
@@ -48,6 +29,7 @@ def adbd_running(files: Path, root: Path, port: int, emulator: Sequence[str]) ->
     shim, script = root / "adbd_shim.so", root / "emulator.sh"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, SHIM], check=True)
     script.write_text(f'exec {shlex.join(emulator)} "$@"\n')
+    files = unpacked_packages("adbd", {"bookworm-backports": BACKPORTS, "bookworm": RELEASE})
     libraries = ":".join(str(files / place) for place in PLACES)
     process = subprocess.Popen(
         ["/lib64/ld-linux-x86-64.so.2", "--library-path", libraries, files / ADBD],

@@ -7,11 +7,10 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from tests.devices.adb_server import end_processes_in, processes_in
-from tests.devices.adbd import adbd_running, unpacked_adbd
+from tests.devices.adbd import adbd_running
 
 from pocketlm.devices import find_devices, open_device
 from pocketlm.devices.adb import FOLDER_VARIABLE
@@ -21,7 +20,6 @@ from pocketlm.errors import UnavailableError
 from pocketlm.job import ForcedTokens, Job, Replay
 from pocketlm.replay import replay
 
-UNPACKED = Path(__file__).parents[2] / "build" / "adbd"
 CPU = "cortex-a76"
 
 
@@ -39,7 +37,7 @@ def device(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serial = f"127.0.0.1:{port}"
-    with pytest.MonkeyPatch.context() as patch, adbd_running(unpacked_adbd(UNPACKED), root, port, emulator):
+    with pytest.MonkeyPatch.context() as patch, adbd_running(root, port, emulator):
         patch.setenv(FOLDER_VARIABLE, str(root / "data" / "local tmp"))
         adb("connect", serial)
         adb("-s", serial, "wait-for-device")

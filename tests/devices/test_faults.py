@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.devices.adb_server import Fault, processes_in
+from tests.devices.debian_files import unpacked_packages
 
 from pocketlm.devices import find_devices, open_device
 from pocketlm.devices.adb import AdbDevice
@@ -208,6 +209,42 @@ def test_looking_for_devices_leaves_no_server_behind(monkeypatch, tmp_path):
     ]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
+
+
+@pytest.fixture
+def android(phone):
+    """A phone whose shell is Android's mksh, and whose commands are toybox's: the PATH holds no others."""
+    files = unpacked_packages("toybox", {"bookworm": ["toybox", "mksh"]})
+    toybox, mksh = files / "bin" / "toybox", files / "bin" / "mksh"
+    attached = phone(shell=str(mksh))
+    folder = attached.root / "bin"
+    attached.server.environment = {**attached.server.environment, "PATH": str(folder)}
+    (folder / "sh").symlink_to(mksh)
+    for name in subprocess.run([toybox], capture_output=True, text=True, check=True).stdout.split():
+        if not (folder / name).exists():
+            (folder / name).symlink_to(toybox)
+    return attached
+
+
+def test_androids_own_shell_and_commands_do(android, artifact, tmp_path):
+    with android.open() as device:
+        assert device.facts()["thermal_status"] == 0
+        assert replayed(device, artifact, tmp_path / "first").of_kind("sequence")
+        device.clean()
+        assert not android.folder.exists()
+    with (
+        android.open(before="sleep 60") as device,
+        pytest.raises(UnavailableError, match="did not end within 3 s"),
+    ):
+        replayed(device, artifact, tmp_path / "hanging", LIMIT)
+    assert not list(processes_in(android.root))
+    with android.open(before='test -e "$HOME/../../once" || { touch "$HOME/../../once"; sleep 60; }') as device:
+        android.server.faults.append(Fault("shell", "disconnect", "result.jsonl"))
+        with pytest.raises(UnavailableError):
+            replayed(device, artifact, tmp_path / "broken")
+        android.connect()
+        assert replayed(device, artifact, tmp_path / "next").of_kind("sequence")
+        assert not list(processes_in(android.root))
 
 
 CLOCK_OF_1970 = """

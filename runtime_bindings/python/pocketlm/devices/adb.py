@@ -41,6 +41,7 @@ LISTED_WITHIN = 1.5  # seconds
 FACTS_LIMIT = 20.0  # for both services that may hang
 UNPACKED_PER_SECOND = 1 << 20  # bytes, at least
 COOLING_INTERVAL = 5.0
+INCOMPLETE = "the agent did not arrive whole"
 KILLED = (124, 137)  # what a timeout(1) ends with, by its maker
 ADVICE = {
     "unauthorized": "allow this computer in the dialog on the device's screen",
@@ -187,7 +188,7 @@ class AdbDevice(Device):
         packed, partial = self._session / "archive.tar.gz", self._session / "archive"
         self._adb.push(archive.path, packed)
         steps = (
-            f"sha256sum <{quote(packed)} | grep {archive.file.sha256}",
+            f"{{ sha256sum <{quote(packed)} | grep {archive.file.sha256} || {{ echo {INCOMPLETE}; false; }}; }}",
             f"mkdir -p {quote(partial)} {quote(folder.parent)}",
             f"tar -xzf {quote(packed)} -C {quote(partial)}",
             f"rm {quote(packed)}",
@@ -261,7 +262,7 @@ def _thermal_name(status: int) -> str:
 
 def _has_size(path: PurePosixPath, size: int) -> str:
     """A condition of the device's shell."""
-    return f'[ "$(stat -L -c %s {quote(path)} 2>&1)" = {size} ]'
+    return f'[ "$(stat -c %s {quote(path)} 2>&1)" = {size} ]'
 
 
 def _identity(artifact: Artifact) -> str:
