@@ -17,6 +17,9 @@ SMOLLM2 := build/smollm2.pocketlm
 SECONDS ?= 30
 FUZZED ?= config safetensors index manifest pte coreml session template tokenizer
 
+C_SOURCES = $(wildcard runtime_bindings/native/*.cpp runtime_bindings/native/*.h \
+  runtime_bindings/python/pocketlm/devices/arm64_system/*.c*)
+
 VERIFIED := build/verified
 # Biases and windows; outliers in the residual; sizes that nothing divides.
 ODD := qwen2-window llama-outliers llama-odd-widths
@@ -66,12 +69,12 @@ lint: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p pocketlm -p pocketlm_export -p pocketlm_bench
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run -Werror $(wildcard runtime_bindings/native/*.cpp runtime_bindings/native/*.h)
+	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
 
 format: $(BIN)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard runtime_bindings/native/*.cpp runtime_bindings/native/*.h)
+	$(BIN)/clang-format -i $(C_SOURCES)
 
 # Exports and runtimes, without peers, in under five minutes: the demo model, and random weights in the shape of
 # Qwen2.5-0.5B (2 GB of disk). What is printed, with every sample, is in build/bench/*.json.
