@@ -89,7 +89,8 @@ class RecordedStep:
         ours = np.asarray(self.logits) - self.log_sum
         theirs = np.asarray(values) - log_sum
         rest = max(EMPTY, 1 - float(np.exp(ours).sum()))
-        their_rest = max(EMPTY, 1 - float(np.exp(theirs).sum()))
+        # A little more than it may be: the smaller it is, the more of it is rounding, and the larger the divergence.
+        their_rest = max(0.0, 1 - float(np.exp(theirs).sum())) + EMPTY
         kept = float((np.exp(ours) * (ours - theirs)).sum())
         return max(0.0, kept + rest * float(np.log(rest / their_rest)))
 
