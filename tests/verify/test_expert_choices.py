@@ -43,7 +43,7 @@ def whole(tiny_bundle, tiny_checkpoint, tmp_path_factory):
         checkpoint = open_checkpoint(tiny_checkpoint(row)[0])
         graph = build_graph(checkpoint.config, right.manifest.model.context_length)
         weights = quantize(checkpoint.tensors, scheme_rows(right), store)
-        runs = choose_runs(graph, right.manifest, right.tokenizer, 0).texts
+        runs = choose_runs(graph, right.manifest.targets["coreml"], right.tokenizer, 0).texts
         artifact = open_artifact(bundle or right, "coreml")
         assert isinstance(artifact, Artifact)
         lane = Lane(name=EXACT_LANE, runs=runs, weights=weights, stored=artifact.reader.stored)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pocketlm.certificate import Evidence
 from pocketlm.errors import InputError
-from pocketlm.manifest import Manifest
+from pocketlm.manifest import Target
 from pocketlm.tokenizer import Tokenizer
 from pocketlm_export.backends.reading import Call, Past, Run
 from pocketlm_export.graph.graph import Graph
@@ -58,12 +58,11 @@ class Runs:
         )
 
 
-def choose_runs(graph: Graph, manifest: Manifest, tokenizer: Tokenizer, weights: int) -> Runs:
-    """Runs that every artifact of the bundle can take: calls within the shortest ``longest_call``, rows within the
-    fewest ``rows``, everything within the context."""
+def choose_runs(graph: Graph, target: Target, tokenizer: Tokenizer, weights: int) -> Runs:
+    """The same tokens for every target of a bundle, in calls that ``target`` takes: prompts are cut where one is longer
+    than its ``longest_call``, rows are within its ``rows``, everything is within the context."""
     plan = next(plan for plan in PLANS if weights <= plan.weights)
-    longest_call = min(target.longest_call for target in manifest.targets.values())
-    rows = min(ROWS, *(target.rows for target in manifest.targets.values()))
+    longest_call, rows = target.longest_call, min(ROWS, target.rows)
     context = graph.context_length
     steps = min(plan.steps, context // 2)
     lengths = dict.fromkeys(min(length, context - steps) for length in plan.prompts)
@@ -84,7 +83,7 @@ def choose_runs(graph: Graph, manifest: Manifest, tokenizer: Tokenizer, weights:
         )
         for position in _probed_positions(graph)
     ]
-    prompt = _tokens(tokenizer, TEXTS[0], min(GREEDY_PROMPT, context - steps, longest_call))
+    prompt = _tokens(tokenizer, TEXTS[0], min(GREEDY_PROMPT, context - steps))
     return Runs(tuple(texts), tuple(probes), prompt, steps)
 
 

@@ -92,7 +92,9 @@ def measure(
     """
     bundle, graph = subject.bundle, subject.graph
     elements = sum(math.prod(weight.shape) for weight in graph.weights().values())
-    runs = choose_runs(graph, bundle.manifest, bundle.tokenizer, elements)
+    described = bundle.manifest.targets
+    runs_of = {target: choose_runs(graph, described[target], bundle.tokenizer, elements) for target in targets}
+    evidence = max((runs.evidence() for runs in runs_of.values()), key=lambda found: found.prefill_tokens)
     source, checked = None, None
     if subject.weights is not None:
         weights = subject.weights
@@ -106,6 +108,7 @@ def measure(
         if isinstance(artifact, PocketLMError):
             certificates[target] = refused_artifact(artifact)
             continue
+        runs = runs_of[target]
         stage(f"run the reference for {target}", 0)
         originals = _original_lanes(subject, runs, oracle) if loss is None else []
         traces = run_lanes(graph, [*reference_lanes(artifact, runs, weights), *originals])
@@ -119,10 +122,22 @@ def measure(
                 del traced
             del original, eager
         known = checked if target == source else None
-        certificates[target] = judge_artifact(artifact, graph, runs, traces, weights, values, stage, known)
+        judged = judge_artifact(artifact, graph, runs, traces, weights, values, stage, known)
+        certificates[target] = _noting_other_calls(judged, runs.evidence(), evidence)
         weights.release()
         del artifact, traces  # before the next target's are made
-    return Measured(runs.evidence(), certificates, loss, judged_oracle)
+    return Measured(evidence, certificates, loss, judged_oracle)
+
+
+def _noting_other_calls(judged: TargetCertificate, own: Evidence, evidence: Evidence) -> TargetCertificate:
+    """The certificate's evidence is that of the target with the most prefill; others take the tokens in more calls."""
+    if own == evidence:
+        return judged
+    note = (
+        f"the same tokens in shorter calls: {own.prefill_tokens} tokens of prefill, {own.decode_steps} decode steps, "
+        f"{own.judged_positions} positions judged"
+    )
+    return judged.model_copy(update={"notes": [*judged.notes, note]})
 
 
 def _chosen(bundle: Bundle, targets: Sequence[str] | None) -> list[str]:
