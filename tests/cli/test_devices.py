@@ -24,6 +24,14 @@ def test_only_the_emulated_device_can_be_set_up(pocketlm):
     refused(pocketlm("devices", "setup", "qemu:mips"), "unknown device 'qemu:mips'", "qemu:arm64@max")
 
 
+def test_a_device_is_cleaned_or_is_not_there(pocketlm):
+    process = pocketlm("devices", "clean", "host")
+    assert (process.returncode, process.stderr.strip()) == (0, "host holds nothing of PocketLM")
+    process = pocketlm("devices", "clean", "adb:no such device")
+    assert process.returncode == 3
+    assert "adb:no such device: not attached; attached: " in process.stderr
+
+
 def test_a_set_up_without_its_mirror_says_so_and_leaves_nothing_half_made(environment, tmp_path):
     changed = {"XDG_CACHE_HOME": str(tmp_path), "POCKETLM_DEBIAN_MIRROR": (tmp_path / "no-mirror").as_uri()}
     process = subprocess.run(

@@ -2,9 +2,11 @@
 
 import os
 import shlex
+import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.devices.debian_files import unpacked_packages
@@ -47,6 +49,11 @@ def adbd_running(root: Path, port: int, emulator: Sequence[str]) -> Iterator[Non
         stderr=(root / "adbd.log").open("wb"),
     )
     try:
+        while process.poll() is None:
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        assert process.poll() is None, (root / "adbd.log").read_text()
         yield
     finally:
         process.terminate()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["EXAMPLE", "app"]
 
 EXAMPLE = "Example: pocketlm devices --json"
+CLEAN_EXAMPLE = "Example: pocketlm devices clean adb:R5CT30ABCDE"
 SETUP_EXAMPLE = "Example: pocketlm devices setup qemu:arm64"
 
 app = typer.Typer(invoke_without_command=True, epilog=EXAMPLE)
@@ -69,6 +70,20 @@ def setup(
             for name, contents in parts.items()
         )
         note(f"{address} is set up: {seconds:.0f} s; pocketlm devices lists it")
+
+
+@app.command("clean", epilog=CLEAN_EXAMPLE)
+def clean(
+    address: Annotated[str, typer.Argument(metavar="DEVICE", help="As pocketlm devices lists it.")],
+    debug: Debug = False,
+) -> None:
+    """Remove from a device what was pushed to it: artifacts, the agent, packed weights."""
+    with reported(debug):
+        from pocketlm.devices import open_device
+
+        with open_device(address) as device:
+            device.clean()
+        note(f"{address} holds nothing of PocketLM")
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -115,7 +114,7 @@ class AdbDevice(Device):
         took = time.monotonic() - began
         pulled = folder / "job"
         self._adb.pull(place, pulled)
-        exit_code = self._adb.exit_code(pulled / "code")
+        exit_code = self._adb.read_code(_text(pulled / "code"))
         self._may_run = False
         if exit_code in KILLED and took >= limit:
             raise UnavailableError(f"{self.address}: the agent did not end within {limit:g} s")
@@ -146,11 +145,10 @@ class AdbDevice(Device):
             raise UnavailableError(f"{self.address}: its ABI is {abi or 'unknown'}; the agent runs on {ARM64[0]}")
 
     def _told(self) -> Told:
-        commands = "; ".join(f"{command} >{name}" for name, command in COMMANDS.items())
-        with tempfile.TemporaryDirectory() as scratch:
-            told = Path(scratch) / "told"
-            self._adb.execute(commands, FACTS_LIMIT, told)
-            return read_told(told)
+        mark = secrets.token_hex(16)  # no command says it
+        commands = "; ".join(f"echo {mark}{name}; {command} 2>/dev/null" for name, command in COMMANDS.items())
+        parts = self._adb.execute(commands, FACTS_LIMIT).said.split(mark)[1:]
+        return read_told({name: text for name, _, text in (part.partition("\n") for part in parts)})
 
     def _send(self, files: Mapping[ArtifactFile, Path], links: Sequence[str]) -> None:
         """Push what isn't there yet, then run ``links``; a file becomes visible when it is whole."""

@@ -90,24 +90,24 @@ class AdbConnection:
         """Run ``script`` in the device's sh, and return when the stream ends: whether the script did, no one knows."""
         self._adb("shell", "-T", "-n", script, limit=limit + self._patience)
 
-    def execute(self, script: str, limit: float = 0.0, target: Path | None = None) -> Executed:
-        """Run ``script``, one POSIX list or more, in the device's sh and an empty folder of its own.
-
-        The folder is pulled to ``target``; among its files are ``said`` and ``code``.
-        """
-        outcome = self._exchange / secrets.token_hex(8)
+    def execute(self, script: str, limit: float = 0.0) -> Executed:
+        """Run ``script``, one POSIX list or more, in the device's sh. What it says and its exit code go to a file."""
+        mark = secrets.token_hex(16)
+        outcome = self._exchange / mark
         place = quote(outcome)
         self.start(
-            f"mkdir -p {place} && cd {place} && {{ ( {script}\n) </dev/null >said 2>&1; echo $? >code; }}",
+            f"mkdir -p {quote(self._exchange)} && "
+            f"{{ ( {script}\n) </dev/null >{place} 2>&1; echo {mark} $? >>{place}; }}",
             limit,
         )
         with tempfile.TemporaryDirectory() as scratch:
-            files = target or Path(scratch) / "outcome"
-            ended = self._pull(outcome, files)
+            file = Path(scratch) / "outcome"
+            ended = self._pull(outcome, file)
             if any(words in ended.errors for words in NOTHING_THERE):
                 raise UnavailableError(f"{self._address}: {self._exchange} can't be written")
             _succeed(self._address, ended)
-            return Executed(self.exit_code(files / "code"), (files / "said").read_text("utf-8", "replace"))
+            said, _, code = file.read_text("utf-8", "replace").rpartition(mark)
+        return Executed(self.read_code(code), said)
 
     def do(self, script: str, limit: float = 0.0) -> str:
         """What ``script`` said, as of :meth:`execute`, for one that has to end with 0."""
@@ -117,17 +117,13 @@ class AdbConnection:
             raise UnavailableError(f"{self._address}: {reason or f'exit code {executed.exit_code}'}")
         return executed.said
 
-    def exit_code(self, file: Path) -> int:
-        """What the device's ``echo $?`` wrote into a pulled file."""
+    def read_code(self, text: str) -> int:
+        """What the device's ``$?`` was. It is missing if the command was cut off, or if the device is full."""
         try:
-            return int(file.read_bytes())
-        except FileNotFoundError:
+            return int(text)
+        except ValueError:
             raise UnavailableError(
-                f"{self._address}: the command did not end: its connection broke, or it ran out of time"
-            ) from None
-        except (OSError, ValueError):
-            raise UnavailableError(
-                f"{self._address}: the exit code did not arrive: the device is full, or answers garbage"
+                f"{self._address}: no exit code arrived: the connection broke, or the device is full"
             ) from None
 
     def _pull(self, source: PurePosixPath, target: Path) -> "_Ended":

@@ -1,9 +1,8 @@
-"""What an Android device tells of itself: its own commands' output, by files, into facts. Absent is None, never 0."""
+"""What an Android device tells of itself: its own commands' output into facts. Absent is None, never 0."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from pocketlm.devices.base import Facts
 from pocketlm.machine import FEATURES
@@ -14,7 +13,7 @@ ARM64 = ("arm64-v8a", "aarch64")
 # PowerManager.THERMAL_STATUS_NONE and so on
 THERMAL_STATUS = ("none", "light", "moderate", "severe", "critical", "emergency", "shutdown")
 SKIN = 3  # TemperatureType of android.hardware.thermal
-# Each has a file of its name. A service may hang: no longer than ten seconds.
+# A service may hang: no longer than ten seconds.
 COMMANDS: Mapping[str, str] = {
     "getprop": "getprop",
     "machine": "uname -m",
@@ -39,9 +38,9 @@ class Told:
     facts: Facts
 
 
-def read_told(folder: Path) -> Told:
-    """The facts in the files that :data:`COMMANDS` left in ``folder``."""
-    texts = {name: _text(folder / name) for name in COMMANDS}
+def read_told(said: Mapping[str, str]) -> Told:
+    """The facts in what each of :data:`COMMANDS` said, by its name."""
+    texts = {name: said.get(name, "") for name in COMMANDS}
     properties = dict(PROPERTY.findall(texts["getprop"]))
     processor, battery = _fields(texts["cpuinfo"]), _fields(texts["battery"])
     thermal_status = _whole(_fields(texts["thermal"]).get("Thermal Status"))
@@ -71,11 +70,6 @@ def read_told(folder: Path) -> Told:
             "skin_celsius": _skin(texts["thermal"]),
         },
     )
-
-
-def _text(file: Path) -> str:
-    """Empty where the device has no such command."""
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def _fields(text: str) -> dict[str, str]:
