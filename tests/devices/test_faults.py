@@ -5,7 +5,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,11 @@ def test_a_file_altered_on_the_device_is_noticed_and_sent_again(phone, artifact,
         with pytest.raises(BundleError, match=r"model\.onnx\.data: its content is not what the job says"):
             replayed(device, artifact, tmp_path / "failed")
         assert replayed(device, artifact, tmp_path / "next").of_kind("sequence")
+
+
+def test_an_artifact_that_is_gone_here(phone, artifact, tmp_path):
+    with phone().open() as device, pytest.raises(InputError, match=r"nowhere/genai_config\.json: can't be read"):
+        device.place(replace(artifact, path=tmp_path / "nowhere" / "model.onnx"))
 
 
 def test_what_is_there_is_not_sent_again(phone, artifact, tmp_path):

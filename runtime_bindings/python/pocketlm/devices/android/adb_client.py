@@ -79,7 +79,10 @@ class AdbConnection:
 
     def push(self, source: Path, target: PurePosixPath) -> None:
         """Send a file; its folders are made. What is at ``target`` after an error is any part of it."""
-        limit = self._patience + source.stat().st_size / PUSHED_PER_SECOND
+        try:
+            limit = self._patience + source.stat().st_size / PUSHED_PER_SECOND
+        except OSError as error:
+            raise InputError(f"{source}: can't be read: {error.strerror}") from error
         _succeed(self._address, self._adb("push", "--", str(source.absolute()), str(target), limit=limit))
 
     def pull(self, source: PurePosixPath, target: Path) -> None:
