@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pocketlm.figures import figures_of, no_figures
+from pocketlm.measuring.figures import figures_of, no_figures
 from pocketlm.results import (
     BenchResult,
     BenchRun,

@@ -18,10 +18,10 @@ import numpy.typing as npt
 import typer
 
 from pocketlm.agent import decode
-from pocketlm.bootstrap import median_figure
 from pocketlm.bundle import open_bundle
 from pocketlm.cli.console import reported
 from pocketlm.machine import circumstances
+from pocketlm.measuring.bootstrap import median_figure
 from pocketlm.memory import resident_memory
 from pocketlm.memory_watch import INTERVAL, MemoryWatch
 from pocketlm.results import Figure

@@ -22,17 +22,17 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketlm.benchmark import BenchOptions, settings_for
-from pocketlm.bootstrap import median_figure
 from pocketlm.bundle import RUNTIMES, Bundle, open_bundle
 from pocketlm.cache import cache_folder
 from pocketlm.cli.console import note, reported
 from pocketlm.devices import open_device
 from pocketlm.errors import InputError
-from pocketlm.figures import figures_of
 from pocketlm.machine import machine_facts
-from pocketlm.measured_runtime import Conditions, MeasuredRuntime
-from pocketlm.replay import LIMIT
+from pocketlm.measuring.benchmark import BenchOptions, settings_for
+from pocketlm.measuring.bootstrap import median_figure
+from pocketlm.measuring.figures import figures_of
+from pocketlm.measuring.measured_runtime import Conditions, MeasuredRuntime
+from pocketlm.replaying.replay import LIMIT
 from pocketlm.results import BenchSettings, Sample
 from pocketlm.runtimes import executorch_library
 from pocketlm_bench.page import insert

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from pocketlm.certificate import Certificate
 from pocketlm.manifest import Manifest
-from pocketlm.recording import AnyLine
+from pocketlm.replaying.recording import AnyLine
 from pocketlm.results import AnyResult
 
 FOLDER = Path(__file__).parent

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocketlm.errors import BundleError, InputError, PocketLMError, UnavailableError, UnsupportedError
-from pocketlm.etdump import read_etdump
+from pocketlm.measuring.etdump import read_etdump
 from pocketlm.memory import resident_memory
 from pocketlm.runtimes import executorch, executorch_native, executorch_torch
 from pocketlm.runtimes.executorch_library import Program, obstacle, thread_count, use_instructions

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 import pocketlm
 from pocketlm.manifest import FORMAT_VERSION, Manifest, Model
-from pocketlm.recording import RecordedSampling, SequenceLine, SessionLine, StepLine
+from pocketlm.replaying.recording import RecordedSampling, SequenceLine, SessionLine, StepLine
 from pocketlm.results import Divergence, ReplayLimits, ReplayResult, ReplayRun, SessionRecord, Unavailable
 from pocketlm_export.golden import LARGEST_REPLAYED
 from tests.small_checkpoint import write_small_checkpoint

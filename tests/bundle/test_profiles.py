@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pocketlm.errors import UnavailableError, UnsupportedError
-from pocketlm.profiles import read_profile
+from pocketlm.measuring.profiles import read_profile
 from pocketlm.results import Profile
 from pocketlm.runtimes import executorch, onnx
 from pocketlm.runtimes.executorch_library import Program

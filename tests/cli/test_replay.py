@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pocketlm.bundle import open_bundle
-from pocketlm.golden_session import GOLDEN_FILE
-from pocketlm.recording import read_session
+from pocketlm.replaying.golden_session import GOLDEN_FILE
+from pocketlm.replaying.recording import read_session
 from pocketlm.results import ReplayResult, read_result
 from tests.cli.conftest import PROGRAM
 from tests.cli.test_export import refused

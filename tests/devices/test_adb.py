@@ -18,7 +18,7 @@ from pocketlm.devices.arm64_system.emulation import emulated_python
 from pocketlm.devices.arm64_system.set_up import Arm64System
 from pocketlm.errors import UnavailableError
 from pocketlm.job import ForcedTokens, Job, Replay
-from pocketlm.replay import replay
+from pocketlm.replaying.replay import replay
 
 CPU = "cortex-a76"
 

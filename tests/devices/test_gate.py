@@ -10,10 +10,10 @@ import pytest
 from tests.worse_bundle import with_float_products
 
 import pocketlm
-from pocketlm.benchmark import BenchOptions, measure_bundle
-from pocketlm.comparison import FIGURES
 from pocketlm.errors import UnavailableError
-from pocketlm.gate import parse_gates
+from pocketlm.measuring.benchmark import BenchOptions, measure_bundle
+from pocketlm.measuring.comparison import FIGURES
+from pocketlm.measuring.gate import parse_gates
 from pocketlm.results import BenchResult, read_result
 
 DEVICE = "qemu:arm64@cortex-a76"

@@ -20,7 +20,7 @@ from pocketlm.devices import open_device
 from pocketlm.devices.base import Outcome
 from pocketlm.errors import BundleError, ContextLengthError, InputError, PocketLMError, UnavailableError
 from pocketlm.job import ForcedTokens, Job, Measure, Replay
-from pocketlm.measurement import read_begin, read_measurement
+from pocketlm.measuring.measurement import read_begin, read_measurement
 from pocketlm.memory_watch import MemoryWatch
 
 RUNTIMES = ("onnx", "executorch")

@@ -3,7 +3,7 @@
 import pytest
 
 from pocketlm.errors import UnavailableError
-from pocketlm.measured_runtime import Conditions, MeasuredRuntime
+from pocketlm.measuring.measured_runtime import Conditions, MeasuredRuntime
 from pocketlm.results import BenchSettings
 
 SETTINGS = BenchSettings(prompt_tokens=6, new_tokens=5, depth=4)

@@ -16,8 +16,8 @@ from pocketlm.devices.arm64_system.profiles import PROFILES
 from pocketlm.devices.base import Device, Outcome
 from pocketlm.errors import BundleError, InputError, UnavailableError
 from pocketlm.job import ForcedTokens, Job, Measure, Replay
-from pocketlm.measurement import read_measurement
-from pocketlm.replay import replay as replay_session
+from pocketlm.measuring.measurement import read_measurement
+from pocketlm.replaying.replay import replay as replay_session
 
 PROMPT, NEW = 32, 9
 COUNTED = Measure(PROMPT, NEW, windows=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pocketlm
 from pocketlm.errors import PocketLMError
 from pocketlm.manifest import Manifest
-from pocketlm.recording import read_session
+from pocketlm.replaying.recording import read_session
 from pocketlm.runtimes.coreml_interpreter import Interpreter
 from pocketlm.runtimes.coreml_interpreter.package import ELEMENT_TYPES
 from pocketlm.template import ChatTemplate

@@ -11,9 +11,9 @@ import pytest
 
 import pocketlm
 from pocketlm.errors import InputError
-from pocketlm.golden_session import GOLDEN_FILE, read_golden_session
-from pocketlm.recorder import Recorder
-from pocketlm.recording import LARGEST_SESSION, LONGEST_LINE, read_session
+from pocketlm.replaying.golden_session import GOLDEN_FILE, read_golden_session
+from pocketlm.replaying.recorder import Recorder
+from pocketlm.replaying.recording import LARGEST_SESSION, LONGEST_LINE, read_session
 from tests.hostile.damage import DAMAGED_JSON, LONGEST_MESSAGE
 from tests.small_checkpoint import write_small_checkpoint
 from tests.verify.injection import sealed

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocketlm.comparison import FIGURES, compare
 from pocketlm.errors import InputError
-from pocketlm.gate import GROUPS, Gate, judge, parse_gates
+from pocketlm.measuring.comparison import FIGURES, compare
+from pocketlm.measuring.gate import GROUPS, Gate, judge, parse_gates
 from pocketlm.results import BenchSettings, DeviceRecord, Top1
 from tests.made_results import emulated_run, result, run, sample
 

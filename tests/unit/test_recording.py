@@ -12,8 +12,8 @@ import pocketlm
 from pocketlm.errors import InputError, PocketLMError
 from pocketlm.generate import Observer
 from pocketlm.logit_summary import summarize
-from pocketlm.recorder import TOP, Recorder
-from pocketlm.recording import read_session
+from pocketlm.replaying.recorder import TOP, Recorder
+from pocketlm.replaying.recording import read_session
 from pocketlm.sampling import Sampling
 from tests.small_checkpoint import write_small_checkpoint
 

@@ -14,10 +14,10 @@ from pocketlm.certificate import Certificate, Check, Evidence, Level, TargetCert
 from pocketlm.devices.base import Outcome
 from pocketlm.errors import UnavailableError
 from pocketlm.logit_summary import summarize
-from pocketlm.replay_answer import Numbers, ReplayedStep, read_replay
-from pocketlm.replay_expectation import ExpectedSequence, GoldenStep, RecordedStep
-from pocketlm.replay_judgement import SHORTEST_JUDGED, Judgement, judge
-from pocketlm.replay_limits import WIDE_MARGIN, Side, limits_of
+from pocketlm.replaying.answer import Numbers, ReplayedStep, read_replay
+from pocketlm.replaying.expectation import ExpectedSequence, GoldenStep, RecordedStep
+from pocketlm.replaying.judgement import SHORTEST_JUDGED, Judgement, judge
+from pocketlm.replaying.limits import WIDE_MARGIN, Side, limits_of
 from pocketlm.results import ReplayLimits
 
 LIMITS = ReplayLimits(margin=0.1, drift=0.2, mean_kl=1e-3, certified=True)

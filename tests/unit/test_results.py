@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocketlm.bootstrap import median_figure, ratio_figure
 from pocketlm.errors import InputError
-from pocketlm.figures import figures_of, noise_of
+from pocketlm.measuring.bootstrap import median_figure, ratio_figure
+from pocketlm.measuring.figures import figures_of, noise_of
 from pocketlm.results import BenchSettings, Energy, read_result
 from tests.made_results import SETTINGS, emulated_run, result, run, sample
 

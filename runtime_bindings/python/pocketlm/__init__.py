@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pocketlm.certificate import Certificate
     from pocketlm.chat import chat
     from pocketlm.generate import Piece, generate
-    from pocketlm.replay import replay
+    from pocketlm.replaying.replay import replay
     from pocketlm.session import Session
     from pocketlm_export import export
     from pocketlm_export.verify import verify_bundle as verify
@@ -66,7 +66,7 @@ _LAZY = {
     "export": ("pocketlm_export", "export"),
     "generate": ("pocketlm.generate", "generate"),
     "open": ("pocketlm.bundle", "open_bundle"),
-    "replay": ("pocketlm.replay", "replay"),
+    "replay": ("pocketlm.replaying.replay", "replay"),
     "verify": ("pocketlm_export.verify", "verify_bundle"),
 }
 
@@ -89,7 +89,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps ``generate``, ``chat`` and ``replay`` the functions: importing a submodule sets it on its package."""
+    """Keeps ``generate`` and ``chat`` the functions: importing a submodule sets it on its package."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _LAZY and isinstance(value, ModuleType)):

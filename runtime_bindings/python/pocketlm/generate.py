@@ -78,7 +78,7 @@ def generate(
     session of its own that is closed in the end. Sampling that is None comes from the model's generation_config.json
     (:meth:`Sampling.resolve`); without ``max_new_tokens`` it goes on to a stop or the end of the context. A stop id or
     stop string is not part of the text. Closing the iterator, or Ctrl-C, leaves the session usable at its ``position``.
-    ``observer`` sees every step's logits, as :class:`pocketlm.recorder.Recorder` does.
+    ``observer`` sees every step's logits, as :class:`pocketlm.replaying.recorder.Recorder` does.
 
     Raises :class:`InputError` for bad options, :class:`ContextLengthError` if the prompt doesn't fit.
     """

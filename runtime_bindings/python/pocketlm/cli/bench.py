@@ -70,9 +70,9 @@ def bench(
     what computes in its place is the reference interpreter.
     """
     with reported(debug):
-        from pocketlm.benchmark import BenchOptions, measure_bundle
         from pocketlm.bundle import open_bundle
         from pocketlm.cli.bench_table import bench_lines
+        from pocketlm.measuring.benchmark import BenchOptions, measure_bundle
 
         options = BenchOptions(
             prompt_tokens=prompt_tokens, new_tokens=new_tokens, depths=_numbers("--depth", depth), threads=threads,

@@ -10,8 +10,8 @@ from pocketlm.cli.console import Debug, Json, note, print_json, reported
 from pocketlm.errors import CheckError, InputError, printable
 
 if TYPE_CHECKING:
-    from pocketlm.comparison import Comparison
-    from pocketlm.gate import GateVerdict
+    from pocketlm.measuring.comparison import Comparison
+    from pocketlm.measuring.gate import GateVerdict
     from pocketlm.results import BenchResult
 
 __all__ = ["EXAMPLE", "compare"]
@@ -38,8 +38,8 @@ def compare(
     the 95 % of a bootstrap over the repetitions of both.
     """
     with reported(debug):
-        from pocketlm.comparison import compare as compare_results
-        from pocketlm.gate import judge, parse_gates
+        from pocketlm.measuring.comparison import compare as compare_results
+        from pocketlm.measuring.gate import judge, parse_gates
 
         gates = parse_gates(gate) if gate is not None else ()
         comparison = compare_results(_read(a), _read(b), (str(a), str(b)))

@@ -30,7 +30,7 @@ def recorded(path: Path | None, bundle: "Bundle", session: "Session") -> Iterato
     if path is None:
         yield None
         return
-    from pocketlm.recorder import Recorder
+    from pocketlm.replaying.recorder import Recorder
 
     if path.is_dir():
         raise InputError(f"{path}: is a folder: --record takes the name of a file")

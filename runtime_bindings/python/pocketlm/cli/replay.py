@@ -49,7 +49,7 @@ def replay(
     beyond what the noise of the targets explains. The limits are those of the bundle's certificate.
     """
     with reported(debug):
-        from pocketlm.replay import replay as replay_session
+        from pocketlm.replaying.replay import replay as replay_session
 
         result = replay_session(
             bundle,

@@ -1,0 +1,1 @@
+"""Measures bundles on devices, and holds one measurement against another."""
