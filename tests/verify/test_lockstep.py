@@ -12,7 +12,7 @@ from pocketlm_export.checkpoint.checkpoint import open_checkpoint
 from pocketlm_export.quantization.schemes import assign_rows
 from pocketlm_export.quantization.store import WeightStore
 from pocketlm_export.quantization.weights import quantize
-from pocketlm_export.verify.comparison import cache_deviations, likeness, logit_deviations
+from pocketlm_export.verify.comparison import cache_deviations, likeness, logit_deviations, router_noise
 from pocketlm_export.verify.lockstep import Lane, run_lanes
 from pocketlm_export.verify.reference import ReferenceSession
 
@@ -100,3 +100,15 @@ def test_missing_layers_and_rows_are_infinitely_far():
     other[1].logits.pop()
     assert cache_deviations(RUNS, reference, other)["prefill"].largest == np.inf
     assert logit_deviations(RUNS, reference, other)["probe"].largest == np.inf
+
+
+@given(st.integers(0, 99), st.floats(-9, 9), st.integers(0, 4), st.floats(0.1, 9))
+def test_router_noise_is_what_moves_two_experts_apart(seed, shift, expert, size):
+    scores = np.random.default_rng(seed).normal(size=(7, 5))
+    reference, shifted = [Trace(scores=[scores, scores])], [Trace(scores=[scores, scores + shift])]
+    assert router_noise(reference, shifted) < 1e-9  # of all experts alike: none comes closer to another
+    scores = scores.copy()
+    scores[3, expert] += size
+    assert router_noise(reference, [Trace(scores=[scores + shift, reference[0].scores[1]])]) == pytest.approx(
+        size / reference[0].scores[0].std()
+    )

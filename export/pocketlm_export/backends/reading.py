@@ -106,7 +106,8 @@ class Trace:
     """What one run gave. ``logits``: for each call ``[call.rows, vocabulary]``. ``keys`` and ``values``: for each layer
     ``[kv_heads, positions, head_dim]``, the rows that the run's own tokens added, as cached (keys rotated); empty where
     the caches can't be seen. ``experts``: for each mixture of experts the numbers of those that each position chose,
-    ``[positions, chosen]``; empty where the choices can't be seen. ``conceded``: where another's choices were
+    ``[positions, chosen]``; empty where the choices can't be seen. ``scores``: for each mixture what its router gave
+    every expert, ``[positions, experts]``, of computations of the reference. ``conceded``: where another's choices were
     given, for each mixture how far they fall short of this computation's own, ``[positions]``: the score of the best
     expert left out less that of the last one chosen, over the deviation of the scores; 0 where they are the same.
     """
@@ -115,6 +116,7 @@ class Trace:
     keys: list[Array] = field(default_factory=list)
     values: list[Array] = field(default_factory=list)
     experts: list[Array] = field(default_factory=list)
+    scores: list[Array] = field(default_factory=list)
     conceded: list[Array] = field(default_factory=list)
 
 
@@ -209,6 +211,10 @@ class Reader(Protocol):
     def in_parts(self, runs: Sequence[Run]) -> list[Trace] | None:
         """The shipped artifact in the real runtime, one part in memory after another, over all calls of all runs; None
         if it is small enough for a session, or if no runtime is here. Caches may stay unseen."""
+
+    def chosen_experts(self, runs: Sequence[Run]) -> list[Trace]:
+        """Traces of ``experts`` alone: which ones the shipped artifact chooses in the real runtime, over all calls of
+        all runs, which begin empty. Raises :class:`UnavailableError` if no runtime is here."""
 
     def emulate(self, runs: Sequence[Run]) -> list[Trace] | None:
         """The artifact in its own precision where its runtime exists nowhere here; None if a session runs it."""

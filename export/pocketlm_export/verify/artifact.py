@@ -5,7 +5,8 @@ and a vendor's kernel may end the process on what no exporter would write.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 
@@ -15,6 +16,7 @@ from pocketlm.errors import PocketLMError
 from pocketlm.session import Session
 from pocketlm_export.backends.reading import NotRun, Reader, Run, Trace, open_reader
 from pocketlm_export.graph.graph import Graph
+from pocketlm_export.verify.comparison import router_noise
 from pocketlm_export.verify.evidence import Runs, greedy_run
 from pocketlm_export.verify.levels import (
     Greedy,
@@ -29,18 +31,21 @@ from pocketlm_export.verify.levels import (
 )
 from pocketlm_export.verify.lockstep import Lane, WeightSource, run_lanes
 from pocketlm_export.verify.structure import Structure, Values, check_structure
+from pocketlm_export.verify.thresholds import NOISE_TIE, ROUTER_TIE
 
 __all__ = [
+    "EAGER_LANE",
     "EXACT_LANE",
     "Artifact",
     "judge_artifact",
     "judge_emulation",
+    "judge_whole",
     "open_artifact",
     "reference_lanes",
     "refused_artifact",
 ]
 
-EXACT_LANE, EAGER, SIMULATED = "float64", "float32", "float32 with int8 activations"
+EXACT_LANE, EAGER_LANE, SIMULATED = "float64", "float32", "float32 with int8 activations"
 Stage = Callable[[str, int], None]
 
 
@@ -80,8 +85,8 @@ def reference_lanes(artifact: Artifact, runs: Runs, weights: WeightSource) -> li
     stored, rounding = artifact.reader.stored, artifact.reader.round_activations
     both = (*runs.texts, *runs.probes)
     lanes = [
-        Lane(name=EXACT_LANE, runs=both, weights=weights, stored=stored),
-        Lane(name=EAGER, runs=both, weights=weights, dtype=torch.float32),
+        _exact_lane(artifact, both, weights),
+        Lane(name=EAGER_LANE, runs=both, weights=weights, dtype=torch.float32),
     ]
     if rounding is not None and artifact.quantized:
         lanes.append(
@@ -107,7 +112,7 @@ def judge_artifact(
     ``checked`` is the result where it is known."""
     reader, target = artifact.reader, artifact.target
     both = (*runs.texts, *runs.probes)
-    exact, eager = traces.pop(EXACT_LANE), traces.pop(EAGER)
+    exact, eager = traces.pop(EXACT_LANE), traces.pop(EAGER_LANE)
 
     def bytes_level() -> Level:
         return level(1, *(checked or check_structure(target, reader, graph, artifact.bundle.manifest, values)))
@@ -122,7 +127,7 @@ def judge_artifact(
         return TargetCertificate(levels=[*said, *_unasked(range(3, 6), failed)], notes=list(reader.notes))
 
     stage(f"run {target}", 0)
-    whole = attempted(5, lambda: _whole_level(artifact, graph, runs, exact, eager, traces, weights))
+    whole = attempted(5, lambda: judge_whole(artifact, graph, runs, exact, eager, traces, weights))
     traces.clear()  # logits of a large vocabulary go before the real runtime unpacks weights
     levels = [
         *said,
@@ -145,12 +150,12 @@ def judge_emulation(
         return None
     followed = exact
     if emulated[0].experts:
-        lane = Lane(name=EXACT_LANE, runs=runs, weights=weights, stored=artifact.reader.stored, followed=emulated)
-        followed = run_lanes(graph, [lane])[EXACT_LANE]
+        lane = _exact_lane(artifact, runs, weights)
+        followed = run_lanes(graph, [replace(lane, followed=emulated, tie=ROUTER_TIE.limit)])[EXACT_LANE]
     return emulated_level(exact, emulated, followed)
 
 
-def _whole_level(
+def judge_whole(
     artifact: Artifact,
     graph: Graph,
     runs: Runs,
@@ -168,16 +173,44 @@ def _whole_level(
     simulated = traces.get(SIMULATED)
     floor = eager[: len(runs.texts)] if simulated is None else simulated
     parts = artifact.reader.in_parts(runs.texts)
+    tie = None if simulated is None else _router_tie(artifact, graph, runs.texts, simulated, weights)
     if parts is not None:
-        greedy = Greedy(_choices(parts), texts, runtime="in parts, along the texts")
+        scored = texts if tie is None else _scored(artifact, graph, runs.texts, weights, tie)
+        greedy = Greedy(_choices(parts), scored, tie, runtime="in parts, along the texts")
         return whole_level(texts, floor, parts, greedy, quantized=simulated is not None)
     with artifact.bundle.session(artifact.target) as session:
         shipped = [_session_trace(session, run) for run in runs.texts]
         chosen = _greedy(session, runs.greedy_prompt, runs.steps)
     own = greedy_run("the greedy continuation", runs.greedy_prompt, chosen)
-    lane = Lane(name=EXACT_LANE, runs=[own], weights=weights, stored=artifact.reader.stored)
-    greedy = Greedy(chosen, run_lanes(graph, [lane])[EXACT_LANE])
+    greedy = Greedy(chosen, _scored(artifact, graph, [own], weights, tie), tie)
     return whole_level(texts, floor, shipped, greedy, quantized=simulated is not None)
+
+
+def _router_tie(
+    artifact: Artifact, graph: Graph, runs: Sequence[Run], simulated: Sequence[Trace], weights: WeightSource
+) -> float | None:
+    """How far apart rounded activations move two experts' scores, as simulated; None where no expert is chosen.
+
+    The reference takes all choices of the simulation, so that only noise is between their scores.
+    """
+    if not simulated[0].experts:
+        return None
+    lane = replace(_exact_lane(artifact, runs, weights), followed=simulated, tie=inf)
+    return NOISE_TIE.limit * router_noise(run_lanes(graph, [lane])[EXACT_LANE], simulated)
+
+
+def _scored(
+    artifact: Artifact, graph: Graph, runs: Sequence[Run], weights: WeightSource, tie: float | None
+) -> list[Trace]:
+    """The reference over what the artifact chose; within ``tie`` it follows the artifact's choices of experts."""
+    lane = _exact_lane(artifact, runs, weights)
+    if tie is not None:
+        lane = replace(lane, followed=artifact.reader.chosen_experts(runs), tie=tie)
+    return run_lanes(graph, [lane])[EXACT_LANE]
+
+
+def _exact_lane(artifact: Artifact, runs: Sequence[Run], weights: WeightSource) -> Lane:
+    return Lane(name=EXACT_LANE, runs=runs, weights=weights, stored=artifact.reader.stored)
 
 
 def _choices(traces: Sequence[Trace]) -> list[int]:

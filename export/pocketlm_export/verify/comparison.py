@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pocketlm_export.backends.reading import Run, Trace
 
-__all__ = ["Deviation", "Likeness", "cache_deviations", "likeness", "logit_deviations"]
+__all__ = ["Deviation", "Likeness", "cache_deviations", "likeness", "logit_deviations", "router_noise"]
 
 Array = npt.NDArray[Any]
 
@@ -98,6 +98,16 @@ def likeness(reference: Sequence[Trace], other: Sequence[Trace]) -> Likeness:
         elements += left.size
     rms = float(np.sqrt(squares / elements))
     return Likeness(largest / deviation, rms / deviation, divergence / positions, same / positions, positions)
+
+
+def router_noise(reference: Sequence[Trace], other: Sequence[Trace]) -> float:
+    """The most by which the distance of two experts' scores differs, over the deviation of their mixture's scores."""
+    largest = 0.0
+    for mixture in range(len(reference[0].scores)):
+        left, right = (np.concatenate([trace.scores[mixture] for trace in traces]) for traces in (reference, other))
+        change = right.astype(np.float64) - left
+        largest = max(largest, float(np.ptp(change, axis=-1).max()) / _deviation([left]))
+    return largest
 
 
 class _Parts:

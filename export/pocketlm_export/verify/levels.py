@@ -119,11 +119,13 @@ def kernels_level(measured: RowErrors | NotRun) -> Level:
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
-    """Tokens that an artifact chose, and the reference's logits of each choice, ``[steps, vocabulary]``. ``runtime``:
-    how it ran, if not in a session that goes on with its own choices."""
+    """Tokens that an artifact chose, and the reference's logits of each choice, ``[steps, vocabulary]``. ``tie``: up to
+    where the reference followed its choices of experts; None if it didn't. ``runtime``: how it ran, if not in a session
+    that goes on with its own choices."""
 
     chosen: Sequence[int]
     reference: Sequence[Trace]
+    tie: float | None = None
     runtime: str | None = None
 
 
@@ -163,15 +165,22 @@ def emulated_level(reference: Sequence[Trace], emulated: Sequence[Trace], follow
     found = likeness(reference, emulated)
     facts: Facts = {**_likeness_facts(found), "runtime": "interpreter"}
     checks = [check(FLOAT16_LARGEST, likeness(followed, emulated).largest)]
+    return level(5, checks, {**facts, **_followed_facts(followed, ROUTER_TIE.limit)})
+
+
+def _followed_facts(followed: Sequence[Trace], tie: float) -> Facts:
+    """How many choices of experts are the artifact's; none where no trace has any."""
     conceded = [np.stack(trace.conceded) for trace in followed if trace.conceded]  # [mixtures, positions]
-    if conceded:
-        margins = np.concatenate(conceded, axis=1)
-        excused = (margins > 0) & (margins <= ROUTER_TIE.limit)
-        facts["choices of experts"] = margins.size
-        facts["followed at a near tie"] = int(excused.sum())
-        facts["positions with such a tie"] = int(excused.any(0).sum())
-        facts["others that differ"] = int((margins > ROUTER_TIE.limit).sum())
-    return level(5, checks, facts)
+    if not conceded:
+        return {}
+    margins = np.concatenate(conceded, axis=1)
+    excused = (margins > 0) & (margins <= tie)
+    return {
+        "choices of experts": margins.size,
+        "followed at a near tie": int(excused.sum()),
+        "positions with such a tie": int(excused.any(0).sum()),
+        "others that differ": int((margins > tie).sum()),
+    }
 
 
 def _likeness_facts(found: Likeness) -> Facts:
@@ -192,6 +201,8 @@ def _greedy_regret(greedy: Greedy) -> tuple[float, Facts]:
     regrets = (logits.max(-1) - logits[steps, chosen]) / deviation
     apart = np.flatnonzero(regrets > 0)
     facts: Facts = {"greedy steps": len(chosen), "greedy steps off the reference's choice": len(apart)}
+    if greedy.tie is not None:
+        facts |= {"near tie": rounded(greedy.tie), **_followed_facts(greedy.reference, greedy.tie)}
     if greedy.runtime is not None:
         facts["runtime"] = greedy.runtime
     if len(apart):

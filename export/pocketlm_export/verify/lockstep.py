@@ -36,7 +36,6 @@ from pocketlm_export.graph.graph import (
 from pocketlm_export.graph.rotary import Rotary, rotary_tables
 from pocketlm_export.quantization.schemes import SchemeRow
 from pocketlm_export.verify.operators import attend, layer_norm, normalize, pointwise, share_experts
-from pocketlm_export.verify.thresholds import ROUTER_TIE
 
 __all__ = ["Lane", "WeightSource", "run_lanes"]
 
@@ -63,7 +62,7 @@ class WeightSource(Protocol):
 class Lane:
     """One way to compute ``runs``: on ``weights``, in ``dtype``, with constants as ``stored`` says, and with the inputs
     of quantized linears rounded where ``round_activations`` is given. ``followed``: for each run a trace whose choices
-    of experts are taken where they are near ties."""
+    of experts are taken where they concede no more than ``tie``, over the deviation of the router's scores."""
 
     name: str
     runs: Sequence[Run]
@@ -72,6 +71,7 @@ class Lane:
     stored: StoredConstants = EXACT
     round_activations: Callable[[str, Floats], Floats] | None = None
     followed: Sequence[Trace] | None = None
+    tie: float = 0.0
 
 
 def run_lanes(graph: Graph, lanes: Sequence[Lane]) -> dict[str, list[Trace]]:
@@ -245,16 +245,17 @@ class _State:
         self.values[x] = self.values[x][rows]
 
     def choose(self, scores: Tensor, chosen: int) -> Tensor:
-        """``[rows, E]`` -> the experts of each row, ``[rows, chosen]``: noted in the traces, with what the choices that
-        could be followed concede."""
+        """``[rows, E]`` -> the experts of each row, ``[rows, chosen]``: noted in the traces, with the scores and what
+        the choices that could be followed concede."""
         experts = torch.topk(scores, chosen).indices
         if self.lane.followed is not None:
             mixture = len(self.traces[0].experts)
             given = torch.from_numpy(np.concatenate([trace.experts[mixture] for trace in self.lane.followed])).long()
             conceded = _conceded(scores, given)
             self._share_out("conceded", conceded)
-            experts = torch.where(conceded[:, None] <= ROUTER_TIE.limit, given, experts)
+            experts = torch.where(conceded[:, None] <= self.lane.tie, given, experts)
         self._share_out("experts", experts)
+        self._share_out("scores", scores)
         return experts
 
     def _share_out(self, name: str, rows: Tensor) -> None:

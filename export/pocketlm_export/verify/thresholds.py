@@ -15,6 +15,7 @@ __all__ = [
     "KERNEL_OUTLIERS",
     "KERNEL_ROW",
     "KERNEL_WORST",
+    "NOISE_TIE",
     "ORACLE_RMS",
     "REGRET",
     "ROUTER_TIE",
@@ -89,6 +90,11 @@ ROUTER_TIE = Threshold(
     "their distance over the deviation of the router's scores: fp16 rounds what it computes by up to 1e-2 of its "
     "deviation and may choose either; the reference follows that choice, and the largest difference is judged then",
 )  # fmt: skip
+NOISE_TIE = Threshold(
+    5, "near tie of two experts", 1.0, "largest change between two scores in the simulation",
+    "over the deviation of the router's scores: int8 activations may choose either; the reference follows that choice, "
+    "and the greedy regret is judged then",
+)  # fmt: skip
 ORACLE_RMS = Threshold(
     0, "root mean square", 10, "eager float32 against float64",
     "the oracle computes in float32: as at level 3",
@@ -96,7 +102,8 @@ ORACLE_RMS = Threshold(
 
 THRESHOLDS = (
     DIFFERING, GRAPH, FLOAT32_RMS, FLOAT32_PIECES, KERNEL_OUTLIERS, KERNEL_WORST, WHOLE_RMS, WHOLE_KL, REGRET,
-    FLOAT32_WHOLE_RMS, FLOAT32_REGRET, FLOAT16_LARGEST, ROUTER_TIE, ORACLE_RMS,
+    FLOAT32_WHOLE_RMS, FLOAT32_REGRET, FLOAT16_LARGEST, ROUTER_TIE, NOISE_TIE,
+    ORACLE_RMS,
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pocketlm.errors import BundleError, UnsupportedError
+from pocketlm.errors import BundleError, UnavailableError, UnsupportedError
 from pocketlm.manifest import Manifest
 from pocketlm.runtimes.coreml_interpreter import Interpreter
 from pocketlm_export.backends.coreml.reading.attention import MIXING, WrittenAttention
@@ -93,6 +93,10 @@ class CoreMLReader:
     def in_parts(self, runs: Sequence[Run]) -> None:  # noqa: ARG002  the contract's
         """None: there is no runtime here."""
         return
+
+    def chosen_experts(self, runs: Sequence[Run]) -> list[Trace]:  # noqa: ARG002
+        """Only Core ML could tell."""
+        raise UnavailableError(_not_run().reason)
 
     def emulate(self, runs: Sequence[Run]) -> list[Trace]:
         """As shipped, in fp16. Raises :class:`pocketlm.CheckError` naming the operator that made infinity or NaN."""

@@ -23,7 +23,7 @@ from pocketlm_export.backends.executorch.reading.matrices import (
     filter_matrix,
 )
 from pocketlm_export.backends.executorch.reading.nodes import check_nodes
-from pocketlm_export.backends.executorch.reading.parts import constant_bytes, run_parts
+from pocketlm_export.backends.executorch.reading.parts import constant_bytes, run_parts, run_to_choices
 from pocketlm_export.backends.executorch.reading.payload import Payload
 from pocketlm_export.backends.executorch.reading.pieces import check_delegates_in_float32, check_quantized_linears
 from pocketlm_export.backends.executorch.reading.pte import PteFile
@@ -129,6 +129,10 @@ class ExecuTorchReader:
     def in_parts(self, runs: Sequence[Run]) -> list[Trace] | None:
         """Parts of the program in ExecuTorch, where it reads more than LARGEST_SESSION of constants."""
         return run_parts(self.file, runs) if constant_bytes(self.file, self.file.steps) > LARGEST_SESSION else None
+
+    def chosen_experts(self, runs: Sequence[Run]) -> list[Trace]:
+        """Parts of the program in ExecuTorch, which show their choices."""
+        return run_to_choices(self.file, runs)
 
     def emulate(self, runs: Sequence[Run]) -> None:  # noqa: ARG002  the contract's
         """None: a session runs the artifact here."""

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from pocketlm.errors import UnsupportedError
 from pocketlm.manifest import Model
@@ -17,7 +16,7 @@ from pocketlm_export.backends.onnx.execute import operator_of
 from pocketlm_export.backends.onnx.file import OnnxFile, WrittenNode
 from pocketlm_export.backends.onnx.matrices import QMOE, QuantizedMatrix, product, quantized_matrices
 from pocketlm_export.backends.onnx.pieces import cut_pieces
-from pocketlm_export.backends.onnx.runtime import Relay, run_decoder, run_head, start_session
+from pocketlm_export.backends.onnx.runtime import Relay, exposing, run_decoder, run_head, start_session
 from pocketlm_export.backends.reading import NotRun, RowErrors, Run
 
 __all__ = ["CALLS", "activation_rounding", "check_kernels"]
@@ -145,7 +144,7 @@ def check_kernels(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model:
                 for name, value in made.items():
                     seen[name].append(value)
 
-            relay.run(piece, _exposing(piece.model, names), names, collect)
+            relay.run(piece, exposing(piece.model, names), names, collect)
             errors |= {part.name: _row_errors(decoder, part, seen) for part in group}
     states = _hidden_states(decoder, sample, model)
     if states:
@@ -206,7 +205,7 @@ def _hidden_states(file: OnnxFile, runs: Sequence[Run], model: Model) -> list[Ar
 
 def _head_values(file: OnnxFile, group: Sequence[_Piece], states: Sequence[Array]) -> dict[str, list[Array]]:
     names = _values_of(group)
-    session = start_session(file, _exposing(file.model, names))
+    session = start_session(file, exposing(file.model, names))
     seen: dict[str, list[Array]] = defaultdict(list)
     for state in states:
         for name, value in zip(names, run_head(session, file, state, names), strict=True):
@@ -216,15 +215,6 @@ def _head_values(file: OnnxFile, group: Sequence[_Piece], states: Sequence[Array
 
 def _values_of(group: Sequence[_Piece]) -> list[str]:
     return list(dict.fromkeys(name for piece in group for name in (*piece.reads, piece.y)))
-
-
-def _exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """``model`` with ``names`` among its outputs."""
-    exposing = onnx.ModelProto()
-    exposing.CopyFrom(model)
-    known = {value.name for value in model.graph.output}
-    exposing.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-    return exposing
 
 
 def _row_errors(file: OnnxFile, piece: _Piece, seen: Mapping[str, Sequence[Array]]) -> npt.NDArray[np.float64]:

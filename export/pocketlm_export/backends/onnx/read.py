@@ -16,7 +16,7 @@ from pocketlm_export.backends.onnx.facts import check_same_place, facts
 from pocketlm_export.backends.onnx.file import OnnxFile
 from pocketlm_export.backends.onnx.kernels import CALLS, activation_rounding, check_kernels
 from pocketlm_export.backends.onnx.matrices import QuantizedMatrix, quantized_matrices, signed_codes
-from pocketlm_export.backends.onnx.runtime import meaning, shipped, unmet_floor
+from pocketlm_export.backends.onnx.runtime import chosen_experts, meaning, shipped, unmet_floor
 from pocketlm_export.backends.reading import (
     LARGEST_SESSION,
     Fact,
@@ -100,14 +100,22 @@ class OnnxReader:
         """Pieces of the decoder in ONNX Runtime, where its constants are more than LARGEST_SESSION."""
         if self._decoder.constant_bytes <= LARGEST_SESSION:
             return None
-        unmet = self._unmet_floor()
-        if unmet:
-            raise UnavailableError(unmet)
+        self._require_floor()
         return shipped(self._decoder, self._head, runs, self._manifest.model)
+
+    def chosen_experts(self, runs: Sequence[Run]) -> list[Trace]:
+        """Pieces of the decoder in ONNX Runtime, which show their routers' scores."""
+        self._require_floor()
+        return chosen_experts(self._decoder, runs, self._manifest.model)
 
     def emulate(self, _runs: Sequence[Run]) -> None:
         """A session runs the artifact here."""
         return
+
+    def _require_floor(self) -> None:
+        unmet = self._unmet_floor()
+        if unmet:
+            raise UnavailableError(unmet)
 
     def _unmet_floor(self) -> str | None:
         return unmet_floor(self._manifest.targets["onnx"].runtime["onnxruntime"])

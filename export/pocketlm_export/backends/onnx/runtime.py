@@ -18,16 +18,28 @@ from pocketlm.manifest import Model
 from pocketlm.runtimes.onnx_loading import RUNTIME_ERRORS
 from pocketlm_export.backends.onnx.execute import own_positions
 from pocketlm_export.backends.onnx.file import OnnxFile
+from pocketlm_export.backends.onnx.matrices import QMOE
 from pocketlm_export.backends.onnx.pieces import Piece, cut_pieces, submodel
 from pocketlm_export.backends.reading import Run, Trace
 
-__all__ = ["Relay", "meaning", "run_decoder", "run_head", "shipped", "start_session", "unmet_floor"]
+__all__ = [
+    "Relay",
+    "chosen_experts",
+    "exposing",
+    "meaning",
+    "run_decoder",
+    "run_head",
+    "shipped",
+    "start_session",
+    "unmet_floor",
+]
 
 Array = npt.NDArray[Any]
 Collect = Callable[[int, Mapping[str, Array]], None]
 THREADS = 2
 FATAL_ONLY = 4  # ONNX Runtime's log severity: its errors are raised
 HIDDEN_STATES = "hidden_states"
+MIXTURES = (QMOE, "com.microsoft.MoE")
 FLOAT_ACTIVATIONS = 0  # MatMulNBits' accuracy_level
 
 
@@ -85,11 +97,40 @@ def shipped(decoder: OnnxFile, head: OnnxFile, runs: Sequence[Run], model: Model
     return _with_logits(traces, runs, [logits[index] for index in range(len(calls))])
 
 
+def chosen_experts(decoder: OnnxFile, runs: Sequence[Run], model: Model) -> list[Trace]:
+    """Which experts every mixture's scores choose in the artifact as shipped."""
+    mixtures = [node for node in decoder.nodes if node.operator in MIXTURES]
+    names = [node.inputs[1] for node in mixtures]
+    chosen: dict[str, list[Array]] = {name: [] for name in names}  # of every call
+
+    def collect(_call: int, made: Mapping[str, Array]) -> None:
+        for node in mixtures:
+            if node.inputs[1] in made:
+                best = np.argsort(-made[node.inputs[1]], axis=-1, kind="stable")
+                chosen[node.inputs[1]].append(best[:, : node.attributes["k"]])
+
+    run_decoder(decoder, exposing(decoder.model, names), runs, model, names, collect)
+    ends = np.cumsum([len(run.calls) for run in runs])
+    return [
+        Trace(experts=[np.concatenate(chosen[name][end - len(run.calls) : end]) for name in names])
+        for run, end in zip(runs, ends, strict=True)
+    ]
+
+
 def _with_logits(traces: list[Trace], runs: Sequence[Run], logits: Sequence[Array]) -> list[Trace]:
     remaining = iter(logits)
     for run, trace in zip(runs, traces, strict=True):
         trace.logits = [next(remaining) for _ in run.calls]
     return traces
+
+
+def exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """``model`` with ``names`` among its outputs."""
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(model)
+    known = {value.name for value in model.graph.output}
+    exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    return exposed
 
 
 def start_session(file: OnnxFile, model: onnx.ModelProto) -> onnxruntime.InferenceSession:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketlm_export.backends.executorch.importing import CONSTANT_ALIGNMENT, schema
-from pocketlm_export.backends.executorch.reading.kernels import UPDATE_CACHE
+from pocketlm_export.backends.executorch.reading.kernels import TOP, UPDATE_CACHE
 from pocketlm_export.backends.executorch.reading.matrices import embedding_table
 from pocketlm_export.backends.executorch.reading.pte import DTYPES, PteFile
 from pocketlm_export.backends.executorch.reading.rebuilding import Segment, program_bytes
@@ -24,7 +24,7 @@ from pocketlm_export.backends.executorch.reading.runtime import LoadedProgram
 from pocketlm_export.backends.executorch.reading.steps import DelegateStep, JumpStep, KernelStep, Step
 from pocketlm_export.backends.reading import Run, Trace
 
-__all__ = ["LARGEST_PART", "Part", "constant_bytes", "cut_parts", "run_parts"]
+__all__ = ["LARGEST_PART", "Part", "constant_bytes", "cut_parts", "run_parts", "run_to_choices"]
 
 LARGEST_PART = 256 << 20  # bytes of constants, unless one delegate has more: the program and its packed copy are twice
 CACHES = 2  # the memory that holds caches alone
@@ -45,6 +45,24 @@ class Part:
 
 def run_parts(file: PteFile, runs: Sequence[Run]) -> list[Trace]:
     """The logits of ``runs``, which begin empty, as a session over the file computes them."""
+    (output,) = file.forward.outputs
+    logits = (values[output][0] for values in _run(file, runs, (output,)))
+    return [Trace([next(logits)[-call.rows :] for call in run.calls]) for run in runs]
+
+
+def run_to_choices(file: PteFile, runs: Sequence[Run]) -> list[Trace]:
+    """Which experts every mixture of the file chooses for ``runs``, which begin empty."""
+    choices = [step.results[1] for step in file.steps if isinstance(step, KernelStep) and step.operator == TOP]
+    calls = iter(_run(file, runs, choices))
+    traces = []
+    for run in runs:
+        own = [next(calls) for _ in run.calls]
+        traces.append(Trace(experts=[np.concatenate([values[index][0] for values in own]) for index in choices]))
+    return traces
+
+
+def _run(file: PteFile, runs: Sequence[Run], wanted: Sequence[int]) -> list[dict[int, Array]]:
+    """The values ``wanted`` of each call of ``runs``."""
     tokens, position = file.forward.inputs
     calls: list[dict[int, Array]] = []
     for run in runs:
@@ -52,34 +70,35 @@ def run_parts(file: PteFile, runs: Sequence[Run]) -> list[Trace]:
         for call in run.calls:
             calls.append({tokens: np.array([call.tokens], np.int64), position: np.array([start], np.int64)})
             start += len(call.tokens)
-    parts = cut_parts(file)
+    parts = cut_parts(file, wanted)
     for number, part in enumerate(parts):
-        program = LoadedProgram(_part_program(file, part), f"{file.path}: part {number + 1} of {len(parts)}")
-        needed = {index for later in parts[number + 1 :] for index in later.inputs} | set(file.forward.outputs)
+        program = LoadedProgram(_part_program(file, part, wanted), f"{file.path}: part {number + 1} of {len(parts)}")
+        needed = {index for later in parts[number + 1 :] for index in later.inputs} | set(wanted)
         for values in calls:
             values.update(zip(part.outputs, program.call(*(values[index] for index in part.inputs)), strict=True))
             for index in set(values) - needed:
                 del values[index]
         del program  # before the next one is built
         file.release()
-    (output,) = file.forward.outputs
-    logits = (values[output][0] for values in calls)
-    return [Trace([next(logits)[-call.rows :] for call in run.calls]) for run in runs]
+    return calls
 
 
-def cut_parts(file: PteFile) -> list[Part]:
+def cut_parts(file: PteFile, wanted: Sequence[int]) -> list[Part]:
     """``forward`` cut before delegates, or jumps over them: a cache is written and read in the part of the delegate
-    before it."""
+    before it. ``wanted``: the values that the parts shall give; what they don't need is in no part."""
     timing = _independent_of_tokens(file)
     groups = _groups(file, [number for number in range(len(file.steps)) if number not in timing])
     parts: list[Part] = []
-    later = set(file.forward.outputs)
+    later = set(wanted)
     for group in reversed(groups):
         repeated = frozenset(_needed(file, timing, group))
         steps = tuple(sorted(repeated.union(group)))
         made = dict.fromkeys(value for number in group for value in file.steps[number].made)
+        outputs = tuple(value for value in made if value in later)
+        if not outputs:
+            continue
         inputs = _read_before_made(file, steps)
-        parts.append(Part(steps, repeated, inputs, tuple(value for value in made if value in later)))
+        parts.append(Part(steps, repeated, inputs, outputs))
         later |= set(inputs)
     return parts[::-1]
 
@@ -163,9 +182,9 @@ def _caches(file: PteFile) -> set[int]:
     return {step.arguments[1] for step in updates}
 
 
-def _part_program(file: PteFile, part: Part) -> bytes:
+def _part_program(file: PteFile, part: Part, wanted: Sequence[int]) -> bytes:
     """A program whose ``forward`` is ``part``. Values keep their numbers, and their places but for caches, which move
-    together, and for what is computed again: in the file's plan an earlier part's value may have its place by now."""
+    together, and for what is computed again or ``wanted``: in the file's plan others have its place before or after."""
     plan = copy.copy(file.forward)
     steps = [file.steps[number] for number in part.steps]
     instructions = [copy.deepcopy(file.forward.chains[0].instructions[number]) for number in part.steps]
@@ -178,6 +197,7 @@ def _part_program(file: PteFile, part: Part) -> bytes:
     plan.inputs, plan.outputs = list(part.inputs), list(part.outputs)
     plan.container_meta_type = schema.ContainerMetadata("", "")
     again = {value for number in part.repeated for value in file.steps[number].made}
+    again |= set(wanted) & set(part.outputs)
     plan.non_const_buffer_sizes = _place_anew(plan, again)
     called = list(dict.fromkeys(step.index for step in steps if isinstance(step, DelegateStep)))
     for instruction in instructions:
