@@ -105,5 +105,5 @@ def test_results_become_tables_of_a_page(reported, tmp_path):
         [*command[:-1], results.with_name("other.json")], capture_output=True, text=True, check=False
     )
     assert (refused.returncode, refused.stderr) == (
-        2, "error: kind 'weather' has no table; valid: bench, export, memory curve, groups, models\n",
+        2, "error: kind 'weather' has no table; valid: export, memory curve, groups, models\n",
     )  # fmt: skip

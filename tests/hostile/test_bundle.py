@@ -281,7 +281,7 @@ def adopted(bundle: Path, file: str, content: bytes) -> None:
 
 
 FOREIGN = {
-    "add.pte": "with an extended header: damaged, or an older exporter's",
+    "add.pte": "with an extended header: damaged, or an older one's",
     "linear.pte": "extended header",
     "deprecated_constant_buffer.pte": "extended header",
     "deprecated_no_constant_segment.pte": "extended header",

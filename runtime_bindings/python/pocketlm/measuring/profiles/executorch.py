@@ -7,8 +7,8 @@ fallback is a product or a softmax that runs beside both, in ExecuTorch's portab
 import re
 from pathlib import Path
 
-from pocketlm import etdump
 from pocketlm.artifact import Artifact
+from pocketlm.measuring import etdump
 from pocketlm.results import OperatorTime
 
 __all__ = ["read_operators"]
