@@ -4,7 +4,6 @@ and bounded."""
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 from pathlib import Path
 
@@ -183,30 +182,6 @@ def test_the_free_space_is_checked_before_anything_is_written(bundle, cache):
     with pytest.raises(InputError, match=wanted), packed_model(bundle.folder / "onnx/model.onnx", files):
         pass
     assert list(cache.iterdir()) == []
-
-
-def _open_with_a_limit(folder: Path, largest_file: int) -> tuple[str, str]:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))  # a write beyond it fails as on a full disk
-    try:
-        pocketlm.open(folder).session("onnx", packed=True)
-    except Exception as error:  # noqa: BLE001  whatever comes out is what the test is about
-        return type(error).__name__, str(error)
-    return "", ""
-
-
-def test_a_disk_that_gets_full(bundle, cache):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        kind, message = pool.apply(_open_with_a_limit, (bundle.folder, 50_000))
-    assert kind == "InputError", message
-    assert message.startswith(f"{cache}: packed weights can't be written: ")
-    assert list(cache.iterdir()) == []
-
-
-def test_a_cache_that_can_not_be_written(bundle, cache):
-    cache.parent.parent.mkdir()
-    cache.parent.write_bytes(b"")
-    with pytest.raises(InputError, match=f"^{cache}: packed weights can't be written: "):
-        bundle.session("onnx", packed=True)
 
 
 def test_a_model_that_the_runtime_refuses_is_named_and_not_the_cache(tmp_path, cache):

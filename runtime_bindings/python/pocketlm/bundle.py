@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from pocketlm.artifact import Artifact, ArtifactFile
 from pocketlm.certificate import Certificate, read_certificate
 from pocketlm.errors import BundleError, InputError, UnavailableError, UnsupportedError
-from pocketlm.manifest import FORMAT_MAJOR, Manifest, sampling_defaults
+from pocketlm.manifest import FORMAT_MAJOR, Manifest, first_fault, sampling_defaults
 from pocketlm.session import Session
-from pocketlm.strict_json import parse_object
+from pocketlm.strict_json import is_version_of, parse_object
 from pocketlm.template import ChatTemplate
 from pocketlm.tokenizer import Tokenizer
 
@@ -182,16 +182,14 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     _regular(source, folder)
     content = _read_json(source)
     version = content.get("format_version")
-    if not isinstance(version, str) or version.split(".")[0] != str(FORMAT_MAJOR):
+    if not is_version_of(FORMAT_MAJOR, version):
         raise BundleError(
             f"{source}: 'format_version' is {version!r:.20}; this release reads {FORMAT_MAJOR}.x: use a matching one"
         )
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{source}: '{place}': {first['msg']}") from error
+        raise BundleError(f"{source}: {first_fault(error)}") from error
     _check_paths(source, [*manifest.files, *(target.path for target in manifest.targets.values())])
     for name, target in manifest.targets.items():
         if not target.path.startswith(f"{name}/"):

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError
 
 from pocketlm.errors import BundleError
-from pocketlm.manifest import Closed, Sha256, TargetName
+from pocketlm.manifest import Closed, Sha256, TargetName, first_fault
 from pocketlm.strict_json import parse_object
 
 __all__ = [
@@ -191,8 +191,7 @@ def read_certificate(folder: Path) -> Certificate | None:
     try:
         certificate = Certificate.model_validate(parse_object(path.read_bytes()))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BundleError(f"{path}: '{'.'.join(map(str, first['loc']))}': {first['msg']}") from error
+        raise BundleError(f"{path}: {first_fault(error)}") from error
     except ValueError as error:
         raise BundleError(f"{path}: not valid JSON: {error}") from error
     if certificate.sha256 != certificate.digest():

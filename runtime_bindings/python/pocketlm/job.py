@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 
 from pocketlm.artifact import Artifact, ArtifactFile
 from pocketlm.errors import InputError
+from pocketlm.strict_json import is_version_of
 
 __all__ = ["FORMAT_MAJOR", "FORMAT_VERSION", "ForcedTokens", "Job", "Measure", "Replay"]
 
@@ -89,7 +90,7 @@ class Job:
         """The job of ``document``. Raises :class:`InputError` naming the key that is missing, unknown or of a wrong
         type, and another format's version."""
         version = document.get("format_version")
-        if not isinstance(version, str) or version.split(".")[0] != str(FORMAT_MAJOR):
+        if not is_version_of(FORMAT_MAJOR, version):
             raise InputError(f"job: 'format_version' is {version!r:.20}; this agent reads {FORMAT_MAJOR}.x")
         given = _Keys("job", document)
         given.take("format_version", _text)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = [
     "FORMAT_MAJOR",
@@ -18,6 +18,7 @@ __all__ = [
     "Sampling",
     "Target",
     "Weight",
+    "first_fault",
 ]
 
 FORMAT_VERSION = "1.0"
@@ -39,6 +40,13 @@ class Closed(BaseModel):
     """An immutable object that refuses unknown keys and converts nothing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong, behind the key where it stands: ``'targets.onnx.path': Field required``."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    return f"'{key}': {first['msg']}" if key else str(first["msg"])
 
 
 class Sampling(Closed):

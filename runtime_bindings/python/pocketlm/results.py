@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from pocketlm.errors import InputError
-from pocketlm.manifest import Closed, Sha256, TargetName
-from pocketlm.strict_json import parse_object
+from pocketlm.manifest import Closed, Sha256, TargetName, first_fault
+from pocketlm.strict_json import is_version_of, parse_object
 
 __all__ = [
     "FORMAT_VERSION",
@@ -401,7 +401,7 @@ def read_result(path: Path) -> AnyResult:
     """
     content = _read_object(path)
     version = content.get("format_version")
-    if not isinstance(version, str) or version.split(".")[0] != str(FORMAT_MAJOR):
+    if not is_version_of(FORMAT_MAJOR, version):
         raise InputError(
             f"{path}: 'format_version' is {version!r:.20}; this release reads results of {FORMAT_MAJOR}.x: "
             "measure again, or use a matching release"
@@ -412,8 +412,7 @@ def read_result(path: Path) -> AnyResult:
     try:
         return KINDS[kind].model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}: '{'.'.join(map(str, first['loc']))}': {first['msg']}") from error
+        raise InputError(f"{path}: {first_fault(error)}") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-__all__ = ["DEEPEST", "parse_object"]
+__all__ = ["DEEPEST", "is_version_of", "parse_object"]
 
 DEEPEST = 64  # far below Python's recursion limit: whoever walks the values afterwards is safe
 
@@ -21,6 +21,11 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise ValueError(f"holds a {type(value).__name__} instead of an object")
     _refuse_depth(value)
     return value
+
+
+def is_version_of(major: int, version: object) -> bool:
+    """Whether ``version``, as a document states it, is ``MAJOR.MINOR`` of a format's ``major`` version."""
+    return isinstance(version, str) and version.split(".")[0] == str(major)
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from pocketlm import errors
 from pocketlm.errors import PocketLMError, UnavailableError
 from pocketlm.job import FORMAT_MAJOR
-from pocketlm.strict_json import parse_object
+from pocketlm.strict_json import is_version_of, parse_object
 
 __all__ = ["read_answer"]
 
@@ -31,7 +31,7 @@ def read_answer(device: str, result: Path, exit_code: int, stderr: str) -> tuple
     if exit_code != 0:
         raise UnavailableError(f"{device}: the agent answered, but ended with {_ending(exit_code)}{_reason(stderr)}")
     version = lines[0].get("format_version")
-    if lines[0]["kind"] != "begin" or not isinstance(version, str) or version.split(".")[0] != str(FORMAT_MAJOR):
+    if lines[0]["kind"] != "begin" or not is_version_of(FORMAT_MAJOR, version):
         raise UnavailableError(f"{device}: an agent of another version answered: {version!r:.20}, not {FORMAT_MAJOR}.x")
     return tuple(lines[:-1])
 

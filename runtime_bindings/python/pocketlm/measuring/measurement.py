@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from pocketlm.devices.base import Outcome
 from pocketlm.errors import UnavailableError
-from pocketlm.manifest import Closed
+from pocketlm.manifest import Closed, first_fault
 from pocketlm.results import Energy, Memory, Peak, Sample
 
 __all__ = ["Begin", "Measurement", "read_begin", "read_measurement"]
@@ -94,9 +94,7 @@ def _read(device: str, outcome: Outcome, kind: str, line: type[KnownLine]) -> Kn
     try:
         return line.model_validate(found[0])
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UnavailableError(f"{device}: the agent's line {kind}: '{place}': {first['msg']}") from error
+        raise UnavailableError(f"{device}: the agent's line {kind}: {first_fault(error)}") from error
 
 
 def _whole_peak(memory: Memory) -> Memory:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pocketlm.devices.base import Outcome
 from pocketlm.errors import UnavailableError
+from pocketlm.manifest import first_fault
 from pocketlm.replaying.expectation import ExpectedSequence
 
 __all__ = ["Numbers", "ReplayedStep", "read_replay"]
@@ -75,6 +76,4 @@ def _checked(device: str, line: Mapping[str, Any]) -> _SequenceLine:
     try:
         return _SequenceLine.model_validate(line)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UnavailableError(f"{device}: the agent's answer is malformed: '{key}': {first['msg']}") from error
+        raise UnavailableError(f"{device}: the agent's answer is malformed: {first_fault(error)}") from error

@@ -6,7 +6,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pocketlm.bundle import Bundle
 from pocketlm.errors import BundleError, InputError
-from pocketlm.manifest import Closed, TokenId
+from pocketlm.manifest import Closed, TokenId, first_fault
 from pocketlm.replaying.expectation import HALF_DIGIT, ExpectedSequence, ExpectedSession, GoldenStep
 from pocketlm.strict_json import parse_object
 
@@ -65,8 +65,7 @@ def _parsed(place: str, data: bytes) -> GoldenLine:
     try:
         return GoldenLine.model_validate(parse_object(data))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BundleError(f"{place}: '{'.'.join(map(str, first['loc']))}': {first['msg']}") from error
+        raise BundleError(f"{place}: {first_fault(error)}") from error
     except ValueError as error:
         raise BundleError(f"{place}: not a JSON object: {str(error)[:100]}") from error
 

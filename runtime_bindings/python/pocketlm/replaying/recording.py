@@ -16,10 +16,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from pocketlm.bundle import Bundle
 from pocketlm.errors import InputError
-from pocketlm.manifest import Closed, Sha256, TokenId
+from pocketlm.manifest import Closed, Sha256, TokenId, first_fault
 from pocketlm.replaying.expectation import ExpectedSequence, ExpectedSession, RecordedStep
 from pocketlm.results import RuntimeRecord
-from pocketlm.strict_json import parse_object
+from pocketlm.strict_json import is_version_of, parse_object
 
 __all__ = [
     "FORMAT_VERSION",
@@ -216,9 +216,7 @@ class _Lines:
         try:
             line = kind.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise self.error(f"'{key}': {first['msg']}" if key else first["msg"]) from error
+            raise self.error(first_fault(error)) from error
         self._next = next(self._blocks, None)
         return line
 
@@ -226,7 +224,7 @@ class _Lines:
         return InputError(f"{self._path}: line {self.number if number is None else number}: {message}")
 
     def _refuse_version(self, version: object, kind: object) -> None:
-        if kind == "session" and (not isinstance(version, str) or version.split(".")[0] != str(FORMAT_MAJOR)):
+        if kind == "session" and not is_version_of(FORMAT_MAJOR, version):
             raise self.error(
                 f"'format_version' is {version!r:.20}; this release reads sessions of {FORMAT_MAJOR}.x: record anew, "
                 "or use a matching release"

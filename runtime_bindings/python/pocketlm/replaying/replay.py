@@ -13,7 +13,7 @@ from pocketlm.devices import open_device
 from pocketlm.devices.base import Device
 from pocketlm.errors import InputError, UnavailableError
 from pocketlm.job import Job
-from pocketlm.machine import circumstances
+from pocketlm.machine import command_line
 from pocketlm.measuring.measurement import read_begin
 from pocketlm.replaying.answer import read_replay
 from pocketlm.replaying.expectation import ExpectedSession
@@ -156,7 +156,7 @@ def _result(
     return ReplayResult(
         format_version=FORMAT_VERSION,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=circumstances()["command"],
+        command=command_line(),
         pocketlm=importlib.metadata.version("pocketlm"),
         bundle=SubjectBundle(name=bundle.folder.resolve().name, manifest_sha256=bundle.manifest_sha256),
         kind="replay",
